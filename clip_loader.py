@@ -1,0 +1,409 @@
+"""From bytes, on disk or on the web, to a tokenizer, weights and models.
+
+Three kinds of checkpoint are read: OpenAI's CLIP archives, the SegCLIP authors' release, and our own. All of them are
+data to us: nothing that a file holds is ever executed as Python.
+"""
+
+import dataclasses
+import gzip
+import hashlib
+import html
+import math
+import os
+import pickle
+import sys
+import urllib.request
+import zipfile
+from collections import Counter
+from pathlib import Path
+
+import ftfy
+import regex
+import torch
+
+from model import CLIP, Config, SegCLIP
+
+
+class InputError(Exception):
+    """Something that the user gave cannot be used. The message is one line: what is wrong, in which file, what to do."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Byte-level BPE
+#
+# A text becomes tokens in three steps. Take "Two naïve cats!":
+#   1. Clean it (mend broken Unicode, collapse spaces, lower-case) and cut it into words and runs of punctuation with one
+#      regular expression: "two", "naïve", "cats", "!".
+#   2. Write each word as its UTF-8 bytes: "naïve" is n a c3 af v e. There are only 256 bytes, so no text in any language
+#      is unknown. To print them, each byte gets a letter of its own (c3 is "Ã", af is "¯"), and the last one of a word is
+#      marked with "</w>": n a Ã ¯ v e</w>. The 256 letters with and without the mark are the first 512 tokens.
+#   3. Merge. The vocabulary is a list of pairs, most frequent in its training text first: "i n", "t h", "a n", ...
+#      In each word, the adjacent pair that stands earliest in the list is joined, again and again until none is in it:
+#      c a t s</w> -> c at s</w> -> cat s</w> -> cats</w>. Each pair adds one token, so frequent words become a single
+#      one and rare words a few pieces. Two special tokens, start and end of text, come last.
+
+
+def byte_letters():
+    """A printable letter for each of the 256 bytes: itself where it prints, else one from U+0100 upwards."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [b for b in range(256) if b not in printable]
+    return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
+
+
+def merge_pair(symbols, pair):
+    """("c", "a", "t", "s</w>") with the pair ("a", "t") -> ("c", "at", "s</w>")."""
+    merged, i = [], 0
+    while i < len(symbols):
+        if symbols[i : i + 2] == pair:
+            merged.append(symbols[i] + symbols[i + 1])
+            i += 2
+        else:
+            merged.append(symbols[i])
+            i += 1
+    return tuple(merged)
+
+
+class Tokenizer:
+    """CLIP's byte-level BPE tokenizer. `merges` is the vocabulary: strings "left right", most frequent pair first."""
+
+    START, END = "<|startoftext|>", "<|endoftext|>"
+    WORDS = regex.compile(
+        r"<\|startoftext\|>|<\|endoftext\|>"  # the special tokens, if they are written out
+        r"|'s|'t|'re|'ve|'m|'ll|'d"  # English contractions: don't -> don 't
+        r"|[\p{L}]+"  # a word: letters of any alphabet
+        r"|[\p{N}]"  # one digit at a time
+        r"|[^\s\p{L}\p{N}]+",  # a run of anything else but space
+        regex.IGNORECASE,
+    )
+
+    def __init__(self, merges=()):
+        self.merges = list(merges)
+        self.letters = byte_letters()
+        pairs = [tuple(merge.split()) for merge in self.merges]
+        self.rank = {pair: i for i, pair in enumerate(pairs)}
+        letters = list(self.letters.values())
+        tokens = letters + [x + "</w>" for x in letters] + ["".join(pair) for pair in pairs] + [self.START, self.END]
+        self.ids = {token: i for i, token in enumerate(tokens)}
+        self.vocab_size = len(tokens)
+        self.start, self.end = self.ids[self.START], self.ids[self.END]
+        self.cache = {self.START: [self.start], self.END: [self.end]}  # captions repeat their words
+
+    @classmethod
+    def from_file(cls, path):
+        """OpenAI's vocabulary file: a header, the merges, and after those more lines that CLIP does not use."""
+        try:
+            lines = gzip.decompress(Path(path).read_bytes()).decode().split("\n")
+        except (OSError, EOFError, ValueError) as error:
+            raise InputError(f"{path}: not a BPE vocabulary ({error}); {VOCABULARY_ADVICE}") from None
+        return cls(lines[1 : 49152 - 256 - 2 + 1])
+
+    @classmethod
+    def learn(cls, texts, num_merges):
+        """Find the merges in a text of one's own: join the most frequent pair of neighbours, num_merges times."""
+        blank = cls()
+        words = Counter(word for text in texts for word in blank.words(text))
+        words = {blank.symbols(word): count for word, count in words.items()}
+        merges = []
+        while len(merges) < num_merges:
+            pairs = Counter()
+            for symbols, count in words.items():
+                for pair in zip(symbols, symbols[1:]):
+                    pairs[pair] += count
+            if not pairs:  # every word is one token already
+                break
+            best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+            merges.append(" ".join(best))
+            words = {merge_pair(symbols, best): count for symbols, count in words.items()}
+        return cls(merges)
+
+    def words(self, text):
+        text = html.unescape(html.unescape(ftfy.fix_text(text)))  # twice, as OpenAI: the web has "&amp;lt;"
+        text = " ".join(text.split()).lower()
+        return self.WORDS.findall(text)
+
+    def symbols(self, word):
+        letters = [self.letters[byte] for byte in word.encode()]
+        return (*letters[:-1], letters[-1] + "</w>")
+
+    def pieces(self, word):
+        """One word -> its tokens' ids."""
+        if word in self.cache:
+            return self.cache[word]
+        symbols = self.symbols(word)
+        while len(symbols) > 1:
+            best = min(zip(symbols, symbols[1:]), key=lambda pair: self.rank.get(pair, math.inf))
+            if best not in self.rank:
+                break
+            symbols = merge_pair(symbols, best)
+        self.cache[word] = [self.ids[symbol] for symbol in symbols]
+        return self.cache[word]
+
+    def encode(self, text):
+        """str -> list of token ids, without start and end."""
+        return [token for word in self.words(text) for token in self.pieces(word)]
+
+    def __call__(self, texts, context_length=77):
+        """str or list of n strings -> LongTensor [n, context_length]: start, tokens, end, then zeros.
+
+        A text that is too long is cut, and its last token is still the end token: CLIP reads the text's feature there.
+        """
+        texts = [texts] if isinstance(texts, str) else texts
+        result = torch.zeros(len(texts), context_length, dtype=torch.long)
+        for row, text in zip(result, texts):
+            tokens = [self.start, *self.encode(text)][: context_length - 1] + [self.end]
+            row[: len(tokens)] = torch.tensor(tokens)
+        return result
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The cache and the web
+
+VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"
+DOWNLOADS = {  # name: (SHA-256, file name, address)
+    VOCABULARY: (
+        "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a",
+        VOCABULARY,
+        f"https://github.com/openai/CLIP/raw/main/clip/{VOCABULARY}",
+    )
+}
+for _name, _sha256 in {
+    "ViT-B/32": "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af",
+    "ViT-B/16": "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f",
+    "ViT-L/14": "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836",
+    "ViT-L/14@336px": "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02",
+}.items():
+    _file = _name.replace("/", "-").replace("@", "-") + ".pt"
+    DOWNLOADS[_name] = _sha256, _file, f"https://openaipublic.azureedge.net/clip/models/{_sha256}/{_file}"
+VOCABULARY_ADVICE = f"get it from {DOWNLOADS[VOCABULARY][2]} and point to it with --vocabulary FILE"
+
+
+def cache_dir():
+    """$CLIP_CACHE, else ~/.cache/clip, where OpenAI's package keeps the same files."""
+    return Path(os.environ.get("CLIP_CACHE") or Path.home() / ".cache" / "clip")
+
+
+def fetch(name):
+    """The path of a file of DOWNLOADS in the cache; downloaded if it is not there, and always checked."""
+    sha256, file, url = DOWNLOADS[name]
+    path = cache_dir() / file
+    if path.is_file():
+        if hashlib.sha256(path.read_bytes()).hexdigest() == sha256:
+            return path
+        print(f"{path}: wrong checksum, downloading it again", file=sys.stderr)
+    partial = path.with_name(f"{file}.{os.getpid()}.part")  # several processes may start at once
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with urllib.request.urlopen(url, timeout=30) as response, open(partial, "wb") as out:
+            total, digest = int(response.headers.get("Content-Length") or 0), hashlib.sha256()
+            while chunk := response.read(1 << 20):
+                out.write(chunk)
+                digest.update(chunk)
+                print(f"\r{file}: {out.tell() >> 20} of {total >> 20} MiB", end="", file=sys.stderr)
+        print(file=sys.stderr)
+        if digest.hexdigest() != sha256:
+            raise OSError("the download's SHA-256 is wrong")
+        os.replace(partial, path)
+    except OSError as error:
+        raise InputError(f"{path}: not there, and {url} could not be fetched ({error}); put it there by hand") from None
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def load_tokenizer(checkpoint=None, vocabulary=None):
+    """The tokenizer that a checkpoint was trained with: its own merges where it has some, else OpenAI's vocabulary.
+
+    `vocabulary` is a file to use in place of the cache and the download. Raises InputError if there is none.
+    """
+    merges = None if checkpoint is None else read_weights(checkpoint).get("merges")
+    if merges is not None:
+        return Tokenizer(merges)
+    if vocabulary is None:
+        try:
+            vocabulary = fetch(VOCABULARY)
+        except InputError as error:
+            raise InputError(f"{error}, or point to it with --vocabulary FILE") from None
+    return Tokenizer.from_file(vocabulary)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights
+
+
+def read_weights(path):
+    """A state dict or a checkpoint dictionary from a TorchScript archive or a torch.save file, on the CPU.
+
+    Raises InputError for a file that is missing, truncated, or would need Python code to be run.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    with open(path, "rb") as file:
+        is_zip = file.read(2) == b"PK"
+    if is_zip and not zipfile.is_zipfile(path):
+        raise InputError(f"{path}: the file is truncated; copy or download it again")
+    try:
+        if is_zip and any(name.endswith("/constants.pkl") for name in zipfile.ZipFile(path).namelist()):
+            return torch.jit.load(path, map_location="cpu").state_dict()
+        # Mapped, not read: the tensors that nobody asks for (an optimiser's, say) cost nothing.
+        weights = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except pickle.UnpicklingError as error:
+        if "Unsupported" in str(error):
+            raise InputError(f"{path}: refused, it holds Python objects that could run code; save tensors only") from None
+        raise InputError(f"{path}: not a checkpoint, or a damaged one") from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise InputError(f"{path}: not a checkpoint, or a damaged one ({str(error).splitlines()[0]})") from None
+    if not isinstance(weights, dict):
+        raise InputError(f"{path}: holds a {type(weights).__name__}, not a dictionary of weights")
+    return weights
+
+
+def load_strictly(model, state, source, new=()):
+    """Load `state`, all of it and nothing else; parameters whose names start with `new` may be missing, as a whole."""
+    own = model.state_dict()
+    state = {name: tensor.float() for name, tensor in state.items()}
+    new = tuple(prefix for prefix in new if not any(name.startswith(prefix) for name in state))
+    fresh = [name for name in own if name.startswith(new)] if new else []
+    faults = [f"missing {name}" for name in own if name not in state and name not in fresh]
+    faults += [f"unexpected {name}" for name in state if name not in own]
+    faults += [
+        f"{name} is {list(state[name].shape)}, not {list(own[name].shape)}"
+        for name in own
+        if name in state and state[name].shape != own[name].shape
+    ]
+    if faults:
+        raise InputError(f"{source}: not the weights of this architecture: {'; '.join(faults)}")
+    model.load_state_dict(state, strict=not fresh)
+    if fresh:
+        print(f"{source}: new parameters, not in this file: {', '.join(x + '*' for x in new)}", file=sys.stderr)
+    return model
+
+
+def count_layers(state, prefix):
+    """How many blocks "<prefix>0.", "<prefix>1.", ... the state dict holds."""
+    return len({name[len(prefix) :].split(".")[0] for name in state if name.startswith(prefix)})
+
+
+def clip_config(state, source):
+    """The architecture, from the shapes in a state dict with OpenAI's names."""
+    if "visual.layer1.0.conv1.weight" in state:
+        raise InputError(f"{source}: a CLIP with a ResNet; only those with a ViT are supported")
+    try:
+        width, _, patch_size, _ = state["visual.conv1.weight"].shape
+        num_positions = state["visual.positional_embedding"].shape[0]
+        return Config(
+            image_size=patch_size * math.isqrt(num_positions - 1),
+            patch_size=patch_size,
+            vision_width=width,
+            vision_layers=count_layers(state, "visual.transformer.resblocks."),
+            embed_dim=state["text_projection"].shape[1],
+            context_length=state["positional_embedding"].shape[0],
+            vocab_size=state["token_embedding.weight"].shape[0],
+            text_width=state["ln_final.weight"].shape[0],
+            text_layers=count_layers(state, "transformer.resblocks."),
+        )
+    except KeyError as error:
+        raise InputError(f"{source}: not a CLIP: no parameter named {error}") from None
+
+
+def load_clip(name_or_path):
+    """One of OpenAI's models by name ("ViT-B/16"), or a file: TorchScript archive or state dict. -> CLIP, float32."""
+    state = read_weights(fetch(name_or_path) if name_or_path in DOWNLOADS else name_or_path)
+    return clip_from_state(state, name_or_path)
+
+
+def clip_from_state(state, source):
+    sizes = ("input_resolution", "context_length", "vocab_size")  # in OpenAI's archives; the shapes tell the same
+    state = {name: tensor for name, tensor in state.items() if name not in sizes}
+    return load_strictly(CLIP(clip_config(state, source)), state, source)
+
+
+# The authors' names and ours, in the order in which they are replaced.
+AUTHORS_NAMES = [
+    (r"^clip\.visual\.transformer\.layers0\.", r"clip.visual.transformer.resblocks."),
+    (r"^clip\.visual\.transformer\.layers_mae2\.", r"reconstruction_blocks."),
+    (r"^clip\.visual\.transformer\.reconstruct_layer2\.rec_proj_a\.a_fc", r"reconstruction_layer.linear"),
+    (r"^clip\.visual\.transformer\.semantic_layer2\.", r"group."),
+    (r"^group\.semantic_center$", r"group.centers"),
+    (r"^group\.cross_att\.", r"group.cross_blocks."),
+    (r"^group\.cross_ln\.", r"group.ln_centers."),
+    (r"^group\.norm\.", r"group.ln_patches."),
+    (r"^group\.k_conv\.", r"group.to_keys."),
+    (r"^group\.k_ln\.", r"group.ln_keys."),
+    (r"^group\.v_conv\.", r"group.to_values."),
+    (r"^group\.proj_o\.ln\.", r"group.ln_out."),
+    (r"^group\.proj_o\.mlp\.fc1\.", r"group.mlp.c_fc."),
+    (r"^group\.proj_o\.mlp\.fc2\.", r"group.mlp.c_proj."),
+    (r"^vis_mae_decoder\.(decoder_)?", r"decoder."),
+    (r"^decoder\.pred\.", r"decoder.pixels."),
+    (r"^(decoder\.blocks\.\d+)\.norm(\d)\.", r"\1.ln_\2."),
+    (r"^(decoder\.blocks\.\d+)\.attn\.qkv\.", r"\1.attn.in_proj_"),
+    (r"^(decoder\.blocks\.\d+)\.attn\.proj\.", r"\1.attn.out_proj."),
+    (r"^(decoder\.blocks\.\d+)\.mlp\.fc1\.", r"\1.mlp.c_fc."),
+    (r"^(decoder\.blocks\.\d+)\.mlp\.fc2\.", r"\1.mlp.c_proj."),
+]
+
+
+def from_authors(state):
+    """The SegCLIP authors' state dict under our names; their fixed position table, which we compute, is dropped."""
+    first_stage = count_layers(state, "clip.visual.transformer.layers0.")
+    renamed = {}
+    for name, tensor in state.items():
+        if name == "vis_mae_decoder.decoder_pos_embed":
+            continue
+        if match := regex.match(r"clip\.visual\.transformer\.layers2\.(\d+)\.", name):
+            name = f"clip.visual.transformer.resblocks.{first_stage + int(match[1])}.{name[match.end():]}"
+        for pattern, replacement in AUTHORS_NAMES:
+            name = regex.sub(pattern, replacement, name)
+        renamed[name] = tensor
+    return renamed, first_stage
+
+
+def segclip_config(state, first_stage_layers, source):
+    """The architecture, from the shapes in a SegCLIP state dict; what no shape tells keeps the paper's value."""
+    clip = {name.removeprefix("clip."): tensor for name, tensor in state.items() if name.startswith("clip.")}
+    if "group.centers" not in state:
+        raise InputError(f"{source}: not a SegCLIP: no semantic group module")
+    return dataclasses.replace(
+        clip_config(clip, source),
+        first_stage_layers=first_stage_layers,
+        num_centers=state["group.centers"].shape[0],
+        cross_layers=count_layers(state, "group.cross_blocks."),
+        decoder_layers=count_layers(state, "decoder.blocks.") or Config.decoder_layers,
+    )
+
+
+def load_segclip(path_or_clip):
+    """-> SegCLIP in float32, from our checkpoint, the authors' segclip.bin (with or without its decoder), or a CLIP.
+
+    A CLIP (the object, one of OpenAI's names, or a file) is something to start training from: what SegCLIP adds to it is
+    new, at random, and goes before its last two blocks, as in the paper. Raises InputError.
+    """
+    if isinstance(path_or_clip, CLIP):
+        return segclip_from_clip(path_or_clip)
+    if path_or_clip in DOWNLOADS:
+        return segclip_from_clip(load_clip(path_or_clip))
+    state = read_weights(path_or_clip)
+    if "config" in state and "model" in state:
+        return load_strictly(SegCLIP(Config(**state["config"])), state["model"], path_or_clip)
+    if count_layers(state, "clip.visual.transformer.layers0."):
+        state, first_stage_layers = from_authors(state)
+        model = SegCLIP(segclip_config(state, first_stage_layers, path_or_clip))
+        return load_strictly(model, state, path_or_clip, new=["decoder."])
+    return segclip_from_clip(clip_from_state(state, path_or_clip))
+
+
+def segclip_from_clip(clip):
+    config = dataclasses.replace(clip.config, first_stage_layers=clip.config.vision_layers - 2)
+    model = SegCLIP(config)
+    model.clip.load_state_dict(clip.state_dict())
+    return model
+
+
+def save_checkpoint(path, model, **others):
+    """Write a checkpoint that load_segclip reads. Atomic: `path` holds the old one or the new one, never a part."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".part")
+    torch.save({"model": model.state_dict(), "config": dataclasses.asdict(model.config), **others}, partial)
+    os.replace(partial, path)

@@ -1,0 +1,89 @@
+"""The losses of SegCLIP, as pure functions from tensors to scalars. Equation numbers are the paper's."""
+
+import math
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+
+class GatherRows(torch.autograd.Function):
+    """Rows [b, E] of every rank -> [B, E] on every rank; the gradient of a row is the sum of what all ranks ask of it."""
+
+    @staticmethod
+    def forward(ctx, x):
+        rows = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(rows, x.contiguous())
+        return torch.cat(rows)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient)
+        return gradient.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def contrastive_loss(image_features, text_features, logit_scale):
+    """Symmetric cross-entropy between images and texts (Eqs. 8-10), with negatives from every rank.
+
+    image_features, text_features: [b, E], of this rank, row i a pair; not normalised.
+    logit_scale: the logarithm of the learned inverse temperature, which is clamped at 100 as in CLIP. (Eqs. 9 and 10
+        leave the temperature out; without it the softmax of cosines could hardly tell a pair from its negatives.)
+    The mean of this loss over the ranks is the loss of the whole batch, and so are its gradients averaged by DDP.
+    """
+    z_p = F.normalize(image_features.float(), dim=-1)
+    z_w = F.normalize(text_features.float(), dim=-1)
+    all_p, all_w, first = z_p, z_w, 0
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        all_p, all_w, first = GatherRows.apply(z_p), GatherRows.apply(z_w), dist.get_rank() * len(z_p)
+    scale = logit_scale.exp().clamp(max=100)
+    target = torch.arange(first, first + len(z_p), device=z_p.device)
+    i2t = F.cross_entropy(scale * z_p @ all_w.T, target)  # Eq. 10: each image against all texts
+    t2i = F.cross_entropy(scale * z_w @ all_p.T, target)  # Eq. 9: each text against all images
+    return (i2t + t2i) / 2  # Eq. 8
+
+
+def superpixel_kl_loss(assign, superpatch):
+    """Patches of one superpixel should go to one center (Eqs. 5-6).
+
+    assign: [B, N, L], the mapping matrix M, one-hot with a straight-through gradient.
+    superpatch: [B, N] integers; patches of an image with the same number form a super-patch G.
+    P_j is the softmax of row j of M, and its target the softmax of the mean of the rows of G_j. (Eq. 5 as printed takes
+    the softmax twice, which would leave a loss where the rows of a super-patch agree perfectly.) The sum is divided by
+    2N as in Eq. 6; the authors' program divides by 2NL, so weight this loss by 1/L for theirs.
+    """
+    assign = assign.float()
+    same = (superpatch[:, :, None] == superpatch[:, None, :]).float()  # [B, N, N]
+    mean = same @ assign / same.sum(dim=-1, keepdim=True)  # [B, N, L], Eq. 5
+    log_p, log_q = assign.log_softmax(dim=-1), mean.log_softmax(dim=-1)
+    # KL(P, Q) + KL(Q, P) = sum of (P - Q) (log P - log Q)
+    divergence = ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(dim=-1)  # [B, N]
+    return divergence.mean() / 2  # Eq. 6, averaged over the batch
+
+
+def patchify(image, patch_size):
+    """[B, 3, H, W] -> [B, N, P*P*3]: the pixels of each patch, row by row, the colours of a pixel together."""
+    x = F.unfold(image, patch_size, stride=patch_size)  # [B, 3*P*P, N]
+    return x.unflatten(1, (3, -1)).permute(0, 3, 2, 1).flatten(2)  # [B, 3, P*P, N] -> [B, N, P*P*3]
+
+
+def reconstruction_loss(pixels, image, mask):
+    """Mean squared error of the hidden patches (Section 2.3).
+
+    pixels: [B, N, P*P*3], predicted; image: [B, 3, H, W], as the encoder sees it (normalised); mask: [B, N], 1 = hidden.
+    The paper does not say that only hidden patches count; the authors' program and MAE do so.
+    """
+    target = patchify(image, math.isqrt(pixels.shape[-1] // 3))
+    error = (pixels.float() - target).square().mean(dim=-1)  # [B, N]
+    return (error * mask).sum() / mask.sum()
+
+
+def total_loss(outputs, image, superpatch, reconstruction_weight=1.0, superpixel_weight=1.0):
+    """L_con + L_rec + L_sup (Eq. 7) of what SegCLIP's forward returns -> (total, {name: part before its weight})."""
+    parts = {"con": contrastive_loss(outputs["image_features"], outputs["text_features"], outputs["logit_scale"])}
+    total = parts["con"]
+    if "pixels" in outputs:
+        parts["rec"] = reconstruction_loss(outputs["pixels"], image, outputs["mask"])
+        total = total + reconstruction_weight * parts["rec"]
+    parts["sup"] = superpixel_kl_loss(outputs["assign"], superpatch)
+    return total + superpixel_weight * parts["sup"], parts

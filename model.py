@@ -1,0 +1,413 @@
+"""Every nn.Module of the project: CLIP, and SegCLIP on top of it.
+
+Read from the top: Attention and Block are what everything is made of; VisionTransformer and CLIP are OpenAI's model
+(Radford et al., 2021) with OpenAI's parameter names; SemanticGroup is the idea of SegCLIP (Luo et al., ICML 2023), and
+SegCLIP plugs it between two blocks of CLIP's image encoder. Equation numbers are those of the SegCLIP paper.
+
+Symbols, as in the paper: B batch, N patches, L centers, D width, E embedding, P patch size, T text tokens.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+@dataclass
+class Config:
+    """Every size of the architecture; saved in each checkpoint. The defaults are the paper's (ViT-B/16)."""
+
+    image_size: int = 224
+    patch_size: int = 16
+    vision_width: int = 768  # D; the number of heads is D / 64, as in all of OpenAI's models
+    vision_layers: int = 12
+    embed_dim: int = 512  # E
+    context_length: int = 77
+    vocab_size: int = 49408
+    text_width: int = 512
+    text_layers: int = 12
+    # What SegCLIP adds (Section 3.2):
+    first_stage_layers: int = 10  # blocks before the semantic group module
+    num_centers: int = 8  # L
+    cross_layers: int = 2
+    gumbel_tau: float = 0.9
+    mask_ratio: float = 0.75
+    decoder_layers: int = 3
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The transformer
+
+
+class QuickGELU(nn.Module):
+    """OpenAI's approximation of GELU; their weights were trained with it, so nn.GELU in its place costs accuracy."""
+
+    def forward(self, x):
+        return x * torch.sigmoid(1.702 * x)
+
+
+class Attention(nn.Module):
+    """Multi-head attention of `query` [B, Q, D] over `memory` [B, K, D]; parameters named as in nn.MultiheadAttention."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
+        self.out_proj = nn.Linear(width, width)
+        nn.init.normal_(self.in_proj_weight, std=width**-0.5)
+
+    def forward(self, query, memory, causal=False):
+        width = query.shape[-1]
+        q = F.linear(query, self.in_proj_weight[:width], self.in_proj_bias[:width])
+        k, v = F.linear(memory, self.in_proj_weight[width:], self.in_proj_bias[width:]).chunk(2, dim=-1)
+        q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (q, k, v))  # [B, heads, Q or K, D/heads]
+        x = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        return self.out_proj(x.transpose(1, 2).flatten(2))  # [B, heads, Q, D/heads] -> [B, Q, D]
+
+
+class MLP(nn.Sequential):
+    """Two linear layers with an activation between them; OpenAI's parameter names."""
+
+    def __init__(self, width, activation=QuickGELU):
+        super().__init__()
+        self.c_fc = nn.Linear(width, 4 * width)
+        self.gelu = activation()
+        self.c_proj = nn.Linear(4 * width, width)
+
+
+class Block(nn.Module):
+    """Residual attention block, normalised first: x + attention, then x + MLP. [B, N, D] -> [B, N, D]."""
+
+    def __init__(self, width, heads, activation=QuickGELU):
+        super().__init__()
+        self.attn = Attention(width, heads)
+        self.ln_1 = nn.LayerNorm(width)
+        self.mlp = MLP(width, activation)
+        self.ln_2 = nn.LayerNorm(width)
+
+    def forward(self, x, causal=False):
+        h = self.ln_1(x)
+        x = x + self.attn(h, h, causal)
+        return x + self.mlp(self.ln_2(x))
+
+
+class Transformer(nn.Module):
+    def __init__(self, width, layers):
+        super().__init__()
+        self.resblocks = nn.ModuleList(Block(width, width // 64) for _ in range(layers))
+
+    def forward(self, x, causal=False):
+        for block in self.resblocks:
+            x = block(x, causal)
+        return x
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# CLIP
+
+
+class VisionTransformer(nn.Module):
+    """CLIP's image encoder. Any input whose sides are multiples of P works: the position grid is interpolated."""
+
+    def __init__(self, config):
+        super().__init__()
+        width, self.patch_size = config.vision_width, config.patch_size
+        num_patches = (config.image_size // config.patch_size) ** 2
+        self.conv1 = nn.Conv2d(3, width, config.patch_size, config.patch_size, bias=False)
+        self.class_embedding = nn.Parameter(width**-0.5 * torch.randn(width))
+        self.positional_embedding = nn.Parameter(width**-0.5 * torch.randn(1 + num_patches, width))
+        self.ln_pre = nn.LayerNorm(width)
+        self.transformer = Transformer(width, config.vision_layers)
+        self.ln_post = nn.LayerNorm(width)
+        self.proj = nn.Parameter(width**-0.5 * torch.randn(width, config.embed_dim))
+
+    def embed_patches(self, image):
+        """[B, 3, H, W] -> [B, N, D]: patches with their positions, before ln_pre. Raises ValueError on a bad size."""
+        height, width = image.shape[-2:]
+        if height % self.patch_size or width % self.patch_size:
+            raise ValueError(f"image sides must be multiples of the patch size {self.patch_size}, not {height}x{width}")
+        x = self.conv1(image).flatten(2).transpose(1, 2)  # [B, D, H/P, W/P] -> [B, N, D]
+        return x + self.patch_positions(height // self.patch_size, width // self.patch_size)
+
+    def patch_positions(self, rows, columns):
+        """The learned position grid, stretched to rows x columns: -> [rows * columns, D]."""
+        grid = self.positional_embedding[1:]
+        side = math.isqrt(len(grid))
+        if (rows, columns) == (side, side):
+            return grid
+        grid = grid.unflatten(0, (side, side)).permute(2, 0, 1)[None]  # [N, D] -> [1, D, side, side]
+        grid = F.interpolate(grid.float(), (rows, columns), mode="bicubic", align_corners=False)
+        return grid[0].flatten(1).T  # [D, rows, columns] -> [N, D]
+
+    def forward(self, image):
+        """[B, 3, H, W] -> [B, 1 + N, D]: the class token, then the patches, after the last block."""
+        patches = self.embed_patches(image)
+        class_token = (self.class_embedding + self.positional_embedding[0]).expand(len(patches), 1, -1)
+        return self.transformer(self.ln_pre(torch.cat([class_token, patches], dim=1)))
+
+    def project(self, x):
+        """[..., D] -> [..., E]: into the space that is shared with the text."""
+        return self.ln_post(x) @ self.proj
+
+
+class CLIP(nn.Module):
+    """CLIP with a ViT image encoder (Radford et al., 2021). Parameter names are exactly those of OpenAI's state dict."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        width = config.text_width
+        self.visual = VisionTransformer(config)
+        self.transformer = Transformer(width, config.text_layers)
+        self.token_embedding = nn.Embedding(config.vocab_size, width)
+        self.positional_embedding = nn.Parameter(0.01 * torch.randn(config.context_length, width))
+        self.ln_final = nn.LayerNorm(width)
+        self.text_projection = nn.Parameter(width**-0.5 * torch.randn(width, config.embed_dim))
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # log of the inverse temperature
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        for transformer in (self.visual.transformer, self.transformer):
+            init_blocks(transformer.resblocks)
+
+    def encode_image(self, image):
+        """[B, 3, H, W] -> [B, E], from the class token."""
+        return self.visual.project(self.visual(image)[:, 0])
+
+    def encode_patches(self, image):
+        """[B, 3, H, W] -> [B, N, E]: every patch token sent the way that CLIP trained for the class token only."""
+        return self.visual.project(self.visual(image)[:, 1:])
+
+    def encode_text(self, text):
+        """[B, T] token ids -> [B, E], from the end token: the largest id, and the one place that has seen every word."""
+        x = self.token_embedding(text) + self.positional_embedding[: text.shape[1]]  # [B, T, D]
+        x = self.transformer(x, causal=True)
+        x = x[torch.arange(len(x), device=x.device), text.argmax(dim=-1)]  # [B, T, D] -> [B, D]
+        return self.ln_final(x) @ self.text_projection
+
+    def forward(self, image, text):
+        """-> (logits_per_image [B, B'], logits_per_text [B', B]): cosine similarities times the learned scale."""
+        image_features = F.normalize(self.encode_image(image), dim=-1)
+        text_features = F.normalize(self.encode_text(text), dim=-1)
+        logits_per_image = self.logit_scale.exp() * image_features @ text_features.T
+        return logits_per_image, logits_per_image.T
+
+
+def init_blocks(blocks):
+    """OpenAI's initialisation: the deeper the stack, the less each residual branch adds at the start."""
+    for block in blocks:
+        width = block.ln_1.normalized_shape[0]
+        nn.init.normal_(block.attn.out_proj.weight, std=width**-0.5 * (2 * len(blocks)) ** -0.5)
+        nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
+        nn.init.normal_(block.mlp.c_proj.weight, std=width**-0.5 * (2 * len(blocks)) ** -0.5)
+        for bias in (block.attn.out_proj.bias, block.mlp.c_fc.bias, block.mlp.c_proj.bias):
+            nn.init.zeros_(bias)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# SegCLIP: the semantic group module
+
+
+class CrossBlock(nn.Module):
+    """Residual cross-attention block (Eq. 1): the centers [B, L, D] look at the patches [B, N, D]."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.attn = Attention(width, width // 64)
+        self.ln_x = nn.LayerNorm(width)
+        self.ln_k = nn.LayerNorm(width)
+        self.mlp = MLP(width)
+        self.ln_2 = nn.LayerNorm(width)
+
+    def forward(self, centers, patches):
+        # The paper's keys and values are the patches; the authors' code adds the centers, so that they see each other.
+        memory = self.ln_k(torch.cat([centers, patches], dim=1))  # [B, L + N, D]
+        centers = centers + self.attn(self.ln_x(centers), memory)
+        return centers + self.mlp(self.ln_2(centers))
+
+
+def assign_patches(scores, tau, gumbel_noise=None):
+    """Give every patch to one center (Eq. 2): scores [B, N, L] -> mapping matrix M [B, N, L] with one-hot rows.
+
+    Without noise, as at inference, M is the argmax. With it (training; zeros are noise switched off) M is the one-hot of
+    the Gumbel-softmax (Jang et al., 2017), and its gradient is that of the soft assignment (straight-through).
+    """
+    if gumbel_noise is None:
+        return F.one_hot(scores.argmax(dim=-1), scores.shape[-1]).to(scores.dtype)
+    soft = ((scores + gumbel_noise) / tau).softmax(dim=-1)
+    hard = F.one_hot(soft.argmax(dim=-1), scores.shape[-1]).to(soft.dtype)
+    return hard + soft - soft.detach()
+
+
+class SemanticGroup(nn.Module):
+    """Gathers patches [B, N, D] around L learnable centers into semantic regions [B, L, D] (Section 2.2)."""
+
+    def __init__(self, config):
+        super().__init__()
+        width, heads, self.tau = config.vision_width, config.vision_width // 64, config.gumbel_tau
+        self.centers = nn.Parameter(0.02 * torch.randn(config.num_centers, width))  # H_c
+        self.cross_blocks = nn.ModuleList(CrossBlock(width) for _ in range(config.cross_layers))
+        self.ln_centers = nn.LayerNorm(width)
+        self.ln_patches = nn.LayerNorm(width)
+        # One linear layer per head, as a grouped 1x1 convolution. The paper is silent here; this is the authors' code.
+        self.to_keys = nn.Conv1d(width, width, 1, groups=heads, bias=False)
+        self.ln_keys = nn.LayerNorm(width)
+        self.to_values = nn.Conv1d(width, width, 1, groups=heads, bias=False)
+        self.ln_out = nn.LayerNorm(width)
+        self.mlp = MLP(width, nn.GELU)
+        self.activation = QuickGELU()
+
+    def forward(self, patches, gumbel_noise=None):
+        """-> regions [B, L, D], M [B, N, L], soft [B, N, L]. In training, None draws the Gumbel noise."""
+        centers = self.centers.expand(len(patches), -1, -1)  # [L, D] -> [B, L, D]
+        for block in self.cross_blocks:
+            centers = block(centers, patches)  # Eq. 1
+        centers = self.ln_centers(centers)
+
+        h = self.ln_patches(patches).transpose(1, 2)  # [B, N, D] -> [B, D, N]
+        keys = self.ln_keys(self.to_keys(h).transpose(1, 2))  # [B, N, D]
+        values = self.to_values(h).transpose(1, 2)  # [B, N, D]
+        scores = (keys @ centers.transpose(1, 2)).float()  # [B, N, L]; no 1/sqrt(D), as in Eq. 2
+        if self.training and gumbel_noise is None:
+            gumbel_noise = -torch.empty_like(scores).exponential_().log()
+        M = assign_patches(scores, self.tau, gumbel_noise if self.training else None)  # Eq. 2
+
+        count = M.sum(dim=1)  # [B, L]
+        # A center without patches gets a mean of zero. Not clamp(min=1): rounding makes a count of one 0.9999999 in
+        # training, where clamp would cut the gradient.
+        count = torch.where(count > 0.5, count, 1.0)
+        mean = M.transpose(1, 2) @ values / count[..., None]  # [B, L, D]
+        regions = self.activation(self.mlp(self.ln_out(mean + centers)))  # Eq. 3
+        return regions, M, scores.softmax(dim=-1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# SegCLIP: masked reconstruction
+
+
+class ReconstructionLayer(nn.Module):
+    """Restores patch tokens from regions (Eq. 4): M [B, V, L] and regions [B, L, D] -> [B, V, D]."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.linear = nn.Linear(config.num_centers, config.num_centers)
+        self.activation = QuickGELU()
+
+    def forward(self, M, regions):
+        return self.activation(self.linear(M) @ regions)
+
+
+class MAEDecoder(nn.Module):
+    """The decoder of MAE (He et al., 2022): visible tokens and mask tokens in, the pixels of every patch out."""
+
+    def __init__(self, config):
+        super().__init__()
+        width = config.vision_width // 2
+        self.embed = nn.Linear(config.vision_width, width)
+        self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, width))
+        self.blocks = nn.ModuleList(Block(width, 8, nn.GELU) for _ in range(config.decoder_layers))
+        self.norm = nn.LayerNorm(width)
+        self.pixels = nn.Linear(width, 3 * config.patch_size**2)
+
+    def forward(self, x, restore, grid):
+        """x [B, 1 + V, D], a global token then the visible ones; restore [B, N] their places -> [B, N, P*P*3]."""
+        x = self.embed(x)
+        first, visible = x[:, :1], x[:, 1:]
+        hidden = self.mask_token.expand(len(x), restore.shape[1] - visible.shape[1], -1)
+        x = torch.cat([visible, hidden], dim=1)
+        x = x.gather(1, restore[..., None].expand(-1, -1, x.shape[-1])) + sincos_positions(x.shape[-1], *grid, x.device)
+        x = torch.cat([first, x], dim=1)  # [B, 1 + N, D/2]; the global token has no position
+        for block in self.blocks:
+            x = block(x)
+        return self.pixels(self.norm(x[:, 1:]))
+
+
+def sincos_positions(width, rows, columns, device=None):
+    """MAE's fixed 2-D sine-cosine positions: -> [rows * columns, width]; half for the column, half for the row."""
+    omega = 10000 ** -(torch.arange(width // 4, device=device) / (width / 4))  # [width/4]
+
+    def encode(position):  # [n] -> [n, width/2]
+        angle = position[:, None] * omega
+        return torch.cat([angle.sin(), angle.cos()], dim=1)
+
+    y, x = encode(torch.arange(rows, device=device)), encode(torch.arange(columns, device=device))
+    return torch.cat([x.repeat(rows, 1), y.repeat_interleave(columns, dim=0)], dim=1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# SegCLIP
+
+
+class ImageEncoding(NamedTuple):
+    features: torch.Tensor  # [B, E]    image feature: max over the region tokens, then ln_post and projection
+    regions: torch.Tensor  # [B, L, E]  projected region tokens
+    hard: torch.Tensor  # [B, N, L]     mapping matrix M: one-hot rows, straight-through gradient in training
+    soft: torch.Tensor  # [B, N, L]     softmax over the centers, no noise
+
+
+class SegCLIP(nn.Module):
+    """CLIP with a semantic group module between two blocks of its image encoder (Luo et al., ICML 2023)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        width, heads = config.vision_width, config.vision_width // 64
+        self.clip = CLIP(config)
+        self.group = SemanticGroup(config)
+        self.reconstruction_layer = ReconstructionLayer(config)
+        num_last = config.vision_layers - config.first_stage_layers
+        self.reconstruction_blocks = nn.ModuleList(Block(width, heads) for _ in range(num_last))
+        self.decoder = MAEDecoder(config)
+        # SegCLIP has no class token: the image feature is the maximum over the regions.
+        self.clip.visual.class_embedding.requires_grad_(False)
+
+    def encode_text(self, text):
+        return self.clip.encode_text(text)
+
+    def first_stage(self, patches):
+        for block in self.clip.visual.transformer.resblocks[: self.config.first_stage_layers]:
+            patches = block(patches)
+        return patches
+
+    def third_stage(self, regions):
+        for block in self.clip.visual.transformer.resblocks[self.config.first_stage_layers :]:
+            regions = block(regions)
+        return regions
+
+    def encode_image(self, image, gumbel_noise=None):
+        """[B, 3, H, W] -> ImageEncoding. gumbel_noise [B, N, L] replaces the noise drawn in training."""
+        visual = self.clip.visual
+        patches = self.first_stage(visual.ln_pre(visual.embed_patches(image)))  # H_p [B, N, D]
+        regions, hard, soft = self.group(patches, gumbel_noise)  # [B, L, D]
+        regions = self.third_stage(regions)  # Z_p [B, L, D]
+        return ImageEncoding(visual.project(regions.amax(dim=1)), visual.project(regions), hard, soft)
+
+    def reconstruct(self, image, mask_noise=None, gumbel_noise=None):
+        """Hide most patches, group the rest, predict the pixels of all (Section 2.3).
+
+        mask_noise [B, N] uniform: the patches with the smallest values stay visible. gumbel_noise [B, visible, L].
+        Returns pixels [B, N, P*P*3], and mask [B, N] with 1 where the patch was hidden.
+        """
+        visual = self.clip.visual
+        patches = visual.ln_pre(visual.embed_patches(image))  # [B, N, D]
+        B, N, D = patches.shape
+        if mask_noise is None:
+            mask_noise = torch.rand(B, N, device=image.device)
+        num_visible = self.num_visible(N)
+        order = mask_noise.argsort(dim=1)  # [B, N]
+        restore = order.argsort(dim=1)  # [B, N]: where each patch went in that order
+        visible = patches.gather(1, order[:, :num_visible, None].expand(-1, -1, D))  # [B, V, D]
+
+        regions, M, _ = self.group(self.first_stage(visible), gumbel_noise)
+        z = self.reconstruction_layer(M, regions)  # Eq. 4
+        for block in self.reconstruction_blocks:
+            z = block(z)
+        z = torch.cat([z.mean(dim=1, keepdim=True), z], dim=1)  # MAE's class token, here the mean
+        grid = image.shape[-2] // self.config.patch_size, image.shape[-1] // self.config.patch_size
+        return self.decoder(z, restore, grid), (restore >= num_visible).float()
+
+    def num_visible(self, num_patches):
+        """Patches that the masked pass sees: 48 of 196. The authors count the class token, which is then dropped."""
+        return int((num_patches + 1) * (1 - self.config.mask_ratio)) - 1
