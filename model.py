@@ -410,4 +410,32 @@ class SegCLIP(nn.Module):
 
     def num_visible(self, num_patches):
         """Patches that the masked pass sees: 48 of 196. The authors count the class token, which is then dropped."""
-        return int((num_patches + 1) * (1 - self.config.mask_ratio)) - 1
+        return max(1, int((num_patches + 1) * (1 - self.config.mask_ratio)) - 1)
+
+    def draw_noise(self, batch, num_patches, generator=None):
+        """All the randomness of one training step, as the keyword arguments that forward takes."""
+
+        def uniform(*shape):
+            return torch.rand(batch, *shape, generator=generator, device=generator.device if generator else None)
+
+        def gumbel(patches):  # -log(-log(u)) has the Gumbel distribution for u uniform in (0, 1)
+            return -(-uniform(patches, self.config.num_centers).clamp(min=1e-20).log()).log()
+
+        return {
+            "gumbel_noise": gumbel(num_patches),
+            "mask_noise": uniform(num_patches),
+            "masked_gumbel_noise": gumbel(self.num_visible(num_patches)),
+        }
+
+    def forward(self, image, text, gumbel_noise=None, mask_noise=None, masked_gumbel_noise=None, reconstruct=True):
+        """What the losses need, as a dictionary. The one entry that DistributedDataParallel wraps."""
+        encoding = self.encode_image(image, gumbel_noise)
+        outputs = {
+            "image_features": encoding.features,
+            "text_features": self.encode_text(text),
+            "logit_scale": self.clip.logit_scale,
+            "assign": encoding.hard,
+        }
+        if reconstruct:
+            outputs["pixels"], outputs["mask"] = self.reconstruct(image, mask_noise, masked_gumbel_noise)
+        return outputs
