@@ -33,46 +33,96 @@ def normalise(image):
 # Synthetic scenes: things on grounds, a word for every pixel, a caption for every picture
 #
 # They need no file and no network, and they are the same on every machine: RandomState's stream is frozen by NumPy, and
-# everything that decides a pixel is integer arithmetic. u and v are a thing's own coordinates, -64 to 64 from side to
-# side, so that each shape is one line.
+# everything that decides a pixel is integer arithmetic.
 
-SHAPES = {
-    "circle": lambda u, v: u * u + v * v < 56**2,
-    "square": lambda u, v: np.maximum(abs(u), abs(v)) < 48,
-    "triangle": lambda u, v: (v < 44) & (v > 2 * abs(u) - 64),
-    "star": lambda u, v: ((v < 32) & (v > 2 * abs(u) - 64)) | ((v > -32) & (v < 64 - 2 * abs(u))),
-    "cross": lambda u, v: (np.minimum(abs(u), abs(v)) < 20) & (np.maximum(abs(u), abs(v)) < 62),
-    "ring": lambda u, v: (u * u + v * v < 62**2) & (u * u + v * v > 32**2),
-    "moon": lambda u, v: (u * u + v * v < 62**2) & ((u - 30) ** 2 + v * v > 46**2),
-    "heart": lambda u, v: ((abs(u) - 28) ** 2 + (v + 20) ** 2 < 34**2) | ((v > -20) & (v < 60 - 5 * abs(u) // 4)),
-}
 COLOURS = {
-    "red": (200, 40, 40),
+    "red": (205, 40, 40),
     "orange": (235, 130, 30),
-    "yellow": (235, 215, 60),
-    "green": (50, 150, 60),
+    "yellow": (240, 215, 70),
+    "green": (45, 130, 60),
     "blue": (45, 80, 200),
     "purple": (130, 55, 165),
-    "pink": (235, 140, 180),
-    "black": (35, 35, 40),
+    "pink": (240, 140, 185),
+    "brown": (125, 75, 45),
+    "grey": (190, 190, 195),
 }
-# A ground is two colours and, from the pixel's place and some grain (0 to 63), how to mix them: 0 to 64.
+# A thing is a shape, the colours it comes in, its second colour, and where that one shows. u and v are its own
+# coordinates, -64 to 64 from side to side, to the right and down.
+THINGS = {
+    "ball": (
+        lambda u, v: u * u + v * v < 60**2,
+        ("red", "blue", "green", "purple"),
+        (250, 250, 245),
+        lambda u, v: (u + 10) // 20 % 2 == 0,
+    ),
+    "star": (
+        lambda u, v: ((v < 32) & (v > 2 * abs(u) - 64)) | ((v > -32) & (v < 64 - 2 * abs(u))),
+        ("yellow", "orange", "pink"),
+        (255, 250, 200),
+        lambda u, v: abs(u) + abs(v) < 24,
+    ),
+    "tree": (
+        lambda u, v: (v < 62) & (v > 2 * abs(u) - 64),
+        ("green", "brown", "orange"),
+        (20, 70, 35),
+        lambda u, v: v // 12 % 2 == 0,
+    ),
+    "house": (
+        lambda u, v: (abs(u) < 46) & (v < 56) & (v > abs(u) * 4 // 5 - 62),
+        ("red", "yellow", "blue", "grey"),
+        (60, 40, 40),
+        lambda u, v: (v < -24) | ((abs(abs(u) - 22) < 10) & (abs(v - 14) < 14)),
+    ),
+    "moon": (
+        lambda u, v: (u * u + v * v < 62**2) & ((u - 32) ** 2 + v * v > 46**2),
+        ("yellow", "grey"),
+        (255, 255, 255),
+        lambda u, v: u < -44,
+    ),
+    "donut": (
+        lambda u, v: (u * u + v * v < 62**2) & (u * u + v * v > 24**2),
+        ("pink", "brown", "purple"),
+        (250, 245, 230),
+        lambda u, v: (u // 8 * 5 + v // 8 * 3) % 7 < 2,
+    ),
+    "heart": (
+        lambda u, v: ((abs(u) - 28) ** 2 + (v + 20) ** 2 < 34**2) | ((v > -20) & (v < 60 - 5 * abs(u) // 4)),
+        ("red", "pink", "purple"),
+        (255, 200, 205),
+        lambda u, v: (u + 28) ** 2 + (v + 26) ** 2 < 12**2,
+    ),
+    "fish": (
+        lambda u, v: ((u + 14) ** 2 + 2 * v * v < 48**2) | ((u > 20) & (u < 62) & (abs(v) < u - 16)),
+        ("orange", "blue", "grey"),
+        (40, 40, 60),
+        lambda u, v: (u // 8 % 2 == 0) & (v // 6 % 2 == 0),
+    ),
+}
+# A ground is two colours and, from the pixel's place and some grain (0 to 63), how to mix them (0 to 64). The patterns
+# repeat after 8 pixels, the patch size of the default model, so that all patches of a ground look much alike.
 GROUNDS = {
     "grass": ((40, 110, 35), (130, 190, 70), lambda x, y, grain: grain * (1 + (x + grain // 16) % 3) // 3),
     "sand": ((190, 160, 105), (235, 210, 160), lambda x, y, grain: 20 + grain * 2 // 3),
-    "water": ((40, 95, 150), (125, 185, 215), lambda x, y, grain: 64 * ((4 * y + abs(x % 16 - 8) * 2) // 12 % 2) + grain // 8),
-    "brick": ((150, 70, 55), (205, 195, 185), lambda x, y, grain: 56 * ((y % 6 == 0) | ((x + y // 6 % 2 * 6) % 12 == 0)) + grain // 8),
+    "water": ((40, 95, 150), (125, 185, 215), lambda x, y, grain: 20 * ((y + abs(x % 8 - 4)) // 4 % 2) + grain // 2),
+    "brick": ((150, 70, 55), (205, 195, 185), lambda x, y, grain: 56 * ((y % 4 == 0) | ((x + y // 4 * 4) % 8 == 0)) + grain // 8),
     "snow": ((215, 225, 235), (255, 255, 255), lambda x, y, grain: grain),
-    "wood": ((120, 80, 45), (180, 130, 80), lambda x, y, grain: 8 * abs(x % 11 - 5) + (x * 7 + y // 16 * 5) % 16 + grain // 8),
+    "wood": ((120, 80, 45), (180, 130, 80), lambda x, y, grain: 8 * abs(x % 8 - 4) + grain // 2),
 }
-SCENE_WORDS = [*GROUNDS, *SHAPES]  # the classes, in the order of their label
-CAPTIONS = [
-    "a photo of {things} on {ground}.",
-    "{things} on {ground}",
-    "there is {things} over {ground}",
-    "{ground} with {things}",
-    "a picture of {ground} and {things}",
-    "look, {things} lying on the {ground}!",
+SCENE_WORDS = [*GROUNDS, *THINGS]  # the classes, in the order of their label
+CAPTIONS = [  # half of them name everything,
+    "a photo of {things} on {grounds}.",
+    "{things} on {grounds}",
+    "there is {things} over {grounds}",
+    "{grounds} with {things}",
+    "a picture of {grounds} and {things}",
+    "look, {things} lying on the {grounds}!",
+    # and half only one thing or ground, as people do; without these a word alone would be a text never seen.
+    "a photo of {one}.",
+    "{one}",
+    "there is {one}",
+    "a picture of {one}",
+    "look, {one}!",
+    "we see {one} here",
 ]
 
 
@@ -95,29 +145,34 @@ class SyntheticScenes:
         size, x, y = self.size, self.x, self.y
         picture, label = np.empty((size, size, 3), np.int64), np.empty((size, size), np.uint8)
 
-        grounds = rng.permutation(len(GROUNDS))[: rng.randint(1, 3)]
+        grounds = rng.permutation(len(GROUNDS))[: 1 if rng.randint(3) else 2]
         dx, dy = rng.randint(-8, 9), rng.choice([-8, 8])
         beyond = dx * (x - size // 2) + dy * (y - size // 2) > 8 * rng.randint(-size // 6, size // 6 + 1)
         for ground, where in zip(grounds, [np.ones_like(beyond), beyond]):
             picture[where] = self.ground(rng, SCENE_WORDS[ground])[where]
             label[where] = ground
 
-        kinds = rng.permutation(len(SHAPES))[: rng.randint(1, 4)]
+        kinds = rng.permutation(len(THINGS))[: rng.randint(1, 4)]
         places = rng.permutation(4)  # one quarter of the picture each, so that none hides another
         things = []
         for kind, place in zip(kinds, places):
-            word, colour = list(SHAPES)[kind], rng.choice(list(COLOURS))
-            where = self.shape(rng, word, place)
-            picture[where] = self.jitter(rng, COLOURS[colour]) + rng.randint(-8, 9, (size, size, 1))[where]
+            word = list(THINGS)[kind]
+            shape, colours, second, pattern = THINGS[word]
+            colour = colours[rng.randint(len(colours))]
+            u, v = self.coordinates(rng, place, large=len(kinds) == 1)
+            where, grain = shape(u, v), rng.randint(-8, 9, (size, size, 1))
+            pixels = np.where(pattern(u, v)[..., None], self.jitter(rng, second), self.jitter(rng, COLOURS[colour]))
+            picture[where] = (pixels + grain)[where]
             label[where] = len(GROUNDS) + kind
-            things.append(f"a {colour} {word}" if rng.randint(3) else f"a {word}")
+            things.append(f"a {word}" if rng.randint(3) else f"a {colour} {word}")
 
-        caption = self.caption(rng, things, [SCENE_WORDS[ground] for ground in grounds])
+        grounds = [SCENE_WORDS[ground] for ground in grounds]
+        caption = CAPTIONS[rng.randint(len(CAPTIONS))].format(
+            things=" and ".join(things),
+            grounds=" and ".join(grounds),
+            one=(things + grounds)[rng.randint(len(things + grounds))],
+        )
         return Sample(picture.clip(0, 255).astype(np.uint8), label, f"scene{index:05}", caption)
-
-    @staticmethod
-    def caption(rng, things, grounds):
-        return CAPTIONS[rng.randint(len(CAPTIONS))].format(things=" and ".join(things), ground=" and ".join(grounds))
 
     @staticmethod
     def jitter(rng, colour):
@@ -129,16 +184,17 @@ class SyntheticScenes:
         mix = pattern(self.x + rng.randint(64), self.y + rng.randint(64), grain)[..., None]  # [H, W, 1]
         return (self.jitter(rng, low) * (64 - mix) + self.jitter(rng, high) * mix) // 64
 
-    def shape(self, rng, word, place):
+    def coordinates(self, rng, place, large):
+        """u and v of every pixel, for a thing of random size and tilt in one quarter of the picture."""
         size = self.size
         cx = size // 4 + place % 2 * size // 2 + rng.randint(-size // 10, size // 10 + 1)
         cy = size // 4 + place // 2 * size // 2 + rng.randint(-size // 10, size // 10 + 1)
-        radius = rng.randint(size * 5 // 32, size * 9 // 32 + 1)
+        radius = rng.randint(size * 12, size * (21 if large else 18)) // 60
         angle = rng.randint(-30, 31) * math.pi / 180
         # Rounded to integers, so that no machine's sine decides a pixel.
         c, s = round(1024 * math.cos(angle)), round(1024 * math.sin(angle))
         dx, dy = self.x - cx, self.y - cy
-        return SHAPES[word]((c * dx + s * dy) // (16 * radius), (c * dy - s * dx) // (16 * radius))
+        return (c * dx + s * dy) // (16 * radius), (c * dy - s * dx) // (16 * radius)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -247,7 +247,8 @@ class SemanticGroup(nn.Module):
     def __init__(self, config):
         super().__init__()
         width, heads, self.tau = config.vision_width, config.vision_width // 64, config.gumbel_tau
-        self.centers = nn.Parameter(0.02 * torch.randn(config.num_centers, width))  # H_c
+        # H_c. As large as normalised tokens are: when they begin small, cross-attention makes them all alike at once.
+        self.centers = nn.Parameter(torch.randn(config.num_centers, width))
         self.cross_blocks = nn.ModuleList(CrossBlock(width) for _ in range(config.cross_layers))
         self.ln_centers = nn.LayerNorm(width)
         self.ln_patches = nn.LayerNorm(width)

@@ -1,0 +1,214 @@
+"""Train SegCLIP on image-text pairs: contrastive, reconstruction and superpixel losses.
+
+    python train.py                          a small model from scratch on synthetic scenes, minutes on two CPU cores
+    torchrun --nproc_per_node=2 train.py     the same run, each batch split over two processes
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+
+from clip_loader import InputError, Tokenizer, load_strictly, read_weights, save_checkpoint
+from data import SyntheticScenes, TrainingPairs, normalise
+from losses import total_loss
+from model import Config, SegCLIP
+
+# The embedded default. Two parts of the paper's model are left out of it, the cross-attention layers and the blocks after
+# the group module: on pictures of 64 patches they let each region see all the others, the maximum over the regions never
+# asks which of them carries which word, and the words end up on the wrong regions. The README has the numbers.
+SMALL = Config(
+    image_size=64,
+    patch_size=8,
+    vision_width=128,
+    vision_layers=3,
+    embed_dim=128,
+    context_length=24,
+    text_width=128,
+    text_layers=2,
+    first_stage_layers=3,
+    num_centers=8,
+    cross_layers=0,
+    gumbel_tau=3.0,  # from scratch the scores are so far apart that 0.9 leaves the assignment hardly any gradient
+    decoder_layers=1,
+)
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    run = parser.add_argument_group("the run")
+    run.add_argument("--output", default="runs/synthetic", help="folder for checkpoint.pt and log.jsonl")
+    run.add_argument("--resume", action="store_true", help="go on from OUTPUT/checkpoint.pt, with the same flags")
+    run.add_argument("--save-every", type=int, default=200, help="steps between checkpoints")
+    run.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
+    run.add_argument(
+        "--precision", choices=("bf16", "fp32"), default="bf16", help="fp32 for hardware without fast bf16 products"
+    )
+    run.add_argument("--workers", type=int, default=2, help="processes that prepare pairs; 0: none but this one")
+    run.add_argument("--seed", type=int, default=0, help="of the scenes, the initial weights and all noise")
+    recipe = parser.add_argument_group("the recipe")
+    recipe.add_argument("--steps", type=int, default=1200, help="0 writes the untrained model, to compare with")
+    recipe.add_argument("--batch-size", type=int, default=64, help="pairs in a step, over all processes")
+    recipe.add_argument("--lr", type=float, default=1e-3, help="learning rate at its peak")
+    recipe.add_argument("--warmup", type=float, default=0.1, help="share of the steps in which the rate rises to it")
+    recipe.add_argument("--weight-decay", type=float, default=0.05, help="of matrices; vectors are never decayed")
+    recipe.add_argument("--crop-scale", type=float, default=1.0, help="smallest share of a picture that a crop keeps")
+    recipe.add_argument("--reconstruction-weight", type=float, default=1.0, help="of L_rec in Eq. 7; 0 leaves it out")
+    recipe.add_argument("--superpixel-weight", type=float, default=1.0, help="of L_sup; 1/L is the authors' program")
+    model = parser.add_argument_group("the model (see Config in model.py)")
+    for field in dataclasses.fields(Config):
+        if field.name != "vocab_size":  # the tokenizer's
+            flag, default = "--" + field.name.replace("_", "-"), getattr(SMALL, field.name)
+            model.add_argument(flag, type=field.type, default=default, help=" ")
+    return parser.parse_args(argv)
+
+
+def learning_rate(step, args):
+    """Linear warm-up to args.lr, then a cosine to zero (Section 3.2)."""
+    warmup = max(1, round(args.warmup * args.steps))
+    if step < warmup:
+        return args.lr * (step + 1) / warmup
+    return args.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, args.steps - warmup)))
+
+
+def build_optimizer(model, args):
+    """Adam with decoupled weight decay on every parameter that is a matrix."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": args.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98), eps=1e-6)
+
+
+def git_revision():
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    # One process, or as many as torchrun started: each works on its rows of every batch.
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device(args.device)
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+    elif args.workers:  # threads that fight the workers for cores cost a third of the speed
+        torch.set_num_threads(max(1, torch.get_num_threads() - args.workers))
+    if args.batch_size % world:
+        raise InputError(f"--batch-size {args.batch_size} cannot be split over {world} processes")
+    share = args.batch_size // world
+    rows = slice(rank * share, (rank + 1) * share)
+
+    path = Path(args.output) / "checkpoint.pt"
+    resumed = read_weights(path) if args.resume else None
+    scenes = SyntheticScenes(args.image_size, args.seed)
+    if resumed:
+        tokenizer = Tokenizer(resumed["merges"])
+    else:
+        tokenizer = Tokenizer.learn([scenes[i].caption for i in range(500)], num_merges=500)
+    names = {field.name for field in dataclasses.fields(Config)} - {"vocab_size"}
+    config = Config(vocab_size=tokenizer.vocab_size, **{name: getattr(args, name) for name in names})
+
+    torch.manual_seed(args.seed)
+    model = SegCLIP(config).to(device)
+    reconstruct = args.reconstruction_weight > 0
+    if not reconstruct:
+        for part in (model.reconstruction_layer, model.reconstruction_blocks, model.decoder):
+            part.requires_grad_(False)
+    optimizer, start = build_optimizer(model, args), 0
+    if resumed:
+        load_strictly(model, resumed["model"], path)
+        optimizer.load_state_dict(resumed["optimizer"])
+        start = resumed["step"]
+    parallel = DistributedDataParallel(model) if world > 1 else model
+
+    # Step s takes pairs s * batch_size and on, whatever ran before it and however many processes there are: with the
+    # noise below, nothing else is random, and so a resumed run is the run that was not interrupted.
+    pairs = TrainingPairs(scenes, tokenizer, config, args.crop_scale, args.seed)
+    batches = [range(s * args.batch_size + rows.start, s * args.batch_size + rows.stop) for s in range(start, args.steps)]
+    loader = DataLoader(pairs, batch_sampler=batches, num_workers=args.workers, pin_memory=device.type == "cuda")
+    generator = torch.Generator(device)
+    num_patches = (config.image_size // config.patch_size) ** 2
+
+    def save(step):
+        if rank == 0:
+            state = {"merges": tokenizer.merges, "optimizer": optimizer.state_dict(), "step": step}
+            save_checkpoint(path, model, **state, args=vars(args), git=git_revision())
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    log = open(path.parent / "log.jsonl", "a" if resumed else "w") if rank == 0 else None
+    if rank == 0:
+        count = sum(p.numel() for p in model.parameters()) / 1e6
+        print(f"{count:.1f} M parameters, {tokenizer.vocab_size} tokens, {world} x {device.type}, {args.precision}")
+    model.train()
+    # The fused kernel for the CPU is made for long sequences; its backward pass in bf16 halves the speed of short ones.
+    short = device.type == "cpu" and num_patches < 128
+    kernels = [SDPBackend.MATH] if short else [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    recent, since, last_step = [], time.time(), start
+    for step, (picture, superpatch, text) in enumerate(loader, start):
+        lr = learning_rate(step, args)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        image, superpatch, text = normalise(picture.to(device)), superpatch.to(device), text.to(device)
+        generator.manual_seed(args.seed * 1_000_003 + step)
+        noise = model.draw_noise(args.batch_size, num_patches, generator)
+        noise = {name: values[rows] for name, values in noise.items()}
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"), sdpa_kernel(kernels):
+            outputs = parallel(image, text, **noise, reconstruct=reconstruct)
+        loss, parts = total_loss(outputs, image, superpatch, args.reconstruction_weight, args.superpixel_weight)
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+        done, now = step + 1, time.time()
+        recent.append({"loss": loss.detach()} | {name: part.detach() for name, part in parts.items()} | {"grad": norm})
+        if rank == 0 and (now - since > 5 or done == args.steps):
+            means = {name: torch.stack([line[name] for line in recent]).mean().item() for name in recent[0]}
+            rate = (done - last_step) / (now - since)
+            line = {"step": done, **means, "lr": lr, "scale": model.clip.logit_scale.exp().item()}
+            line["pairs_per_second"] = rate * args.batch_size
+            log.write(json.dumps(line) + "\n")
+            log.flush()
+            losses = " + ".join(f"{name} {means[name]:.3f}" for name in parts)
+            eta = time.strftime("%H:%M:%S", time.gmtime((args.steps - done) / rate))
+            print(
+                f"step {done}/{args.steps}  loss {means['loss']:.3f} = {losses}  grad {means['grad']:.1f}  lr {lr:.1e}"
+                f"  scale {line['scale']:.1f}  {line['pairs_per_second']:.0f} pairs/s  ETA {eta}",
+                flush=True,
+            )
+            recent, since, last_step = [], now, done
+        if done % args.save_every == 0 and done < args.steps:
+            save(done)
+    save(max(start, args.steps))
+    if rank == 0:
+        print(f"wrote {path}")
+    if world > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as error:
+        sys.exit(f"train.py: {error}")
