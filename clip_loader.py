@@ -28,6 +28,18 @@ class InputError(Exception):
     """Something that the user gave cannot be used. The message is one line: what is wrong, in which file, what to do."""
 
 
+def pick_device(name):
+    """"cpu", "cuda", "cuda:1", ... -> torch.device; None takes the GPU if there is one. Raises InputError."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+        return device
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {name}: not to be had here ({str(error).splitlines()[0]})") from None
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Byte-level BPE
 #
@@ -385,7 +397,11 @@ def load_segclip(path_or_clip):
         return segclip_from_clip(load_clip(path_or_clip))
     state = read_weights(path_or_clip)
     if "config" in state and "model" in state:
-        return load_strictly(SegCLIP(Config(**state["config"])), state["model"], path_or_clip)
+        try:
+            config = Config(**state["config"])
+        except TypeError as error:
+            raise InputError(f"{path_or_clip}: made by another version of this project ({error})") from None
+        return load_strictly(SegCLIP(config), state["model"], path_or_clip)
     if count_layers(state, "clip.visual.transformer.layers0."):
         state, first_stage_layers = from_authors(state)
         model = SegCLIP(segclip_config(state, first_stage_layers, path_or_clip))

@@ -16,10 +16,11 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
-from clip_loader import InputError, load_segclip, load_tokenizer
+from clip_loader import InputError, load_segclip, load_tokenizer, pick_device
 from data import PascalVOC, SyntheticScenes, normalise, resize_bilinear, voc_palette
 
 DATASETS = ("synthetic", "pascal_voc")
+DEFAULT_CHECKPOINT = "runs/synthetic/checkpoint.pt"
 TEMPLATE = "a photo of a {}."  # Section 2.5
 
 
@@ -27,6 +28,7 @@ TEMPLATE = "a photo of a {}."  # Section 2.5
 # From a picture to a label map. The steps are those of the authors' program (GroupViT's, on mmsegmentation 0.18).
 
 
+@torch.no_grad()
 def class_features(model, tokenizer, words):
     """The unit vector of each word in the paper's prompt: list of C strings -> [C, E]."""
     device = model.clip.logit_scale.device
@@ -192,11 +194,11 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--dataset", choices=DATASETS, default="synthetic", help="what to score on")
+    parser.add_argument("--dataset", default="synthetic", help=f"what to score on: {' or '.join(DATASETS)}")
     parser.add_argument("--data-root", help="folder of the data set (for pascal_voc: VOCdevkit/VOC2012)")
     parser.add_argument(
         "--checkpoint",
-        default="runs/synthetic/checkpoint.pt",
+        default=DEFAULT_CHECKPOINT,
         help="a checkpoint of train.py, or the authors' segclip.bin",
     )
     parser.add_argument(
@@ -207,7 +209,7 @@ def parse_args(argv=None):
     parser.add_argument("--limit", type=int, help="score the first LIMIT pictures (default: all; 500 scenes)")
     parser.add_argument("--output", help="folder for metrics.json, predictions and examples.png (default: runs/DATASET)")
     parser.add_argument("--vocabulary", help="OpenAI's BPE vocabulary, if it is not in the cache and cannot be fetched")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     parser.add_argument("--seed", type=int, default=0, help="of the synthetic scenes")
     return parser.parse_args(argv)
 
@@ -215,6 +217,8 @@ def parse_args(argv=None):
 def open_dataset(name, root, seed, size):
     if name == "synthetic":
         return SyntheticScenes(size, seed, "val")
+    if name not in DATASETS:
+        raise InputError(f"--dataset {name}: unknown; there are {', '.join(DATASETS)}")
     if root is None:
         raise InputError(f"--dataset {name} needs --data-root, the folder that holds it")
     return PascalVOC(root)
@@ -242,7 +246,10 @@ def save_prediction(path, prediction, palette):
 def main(argv=None):
     args = parse_args(argv)
     output = Path(args.output or f"runs/{args.dataset}")
-    model = load_segclip(args.checkpoint).to(args.device).eval()
+    device = pick_device(args.device)
+    if args.checkpoint == DEFAULT_CHECKPOINT and not Path(DEFAULT_CHECKPOINT).exists():
+        raise InputError(f"{DEFAULT_CHECKPOINT}: not there yet; make it with `python train.py`, or give --checkpoint FILE")
+    model = load_segclip(args.checkpoint).to(device).eval()
     tokenizer = load_tokenizer(args.checkpoint, args.vocabulary)
     if tokenizer.vocab_size != model.config.vocab_size:
         raise InputError(
@@ -252,7 +259,9 @@ def main(argv=None):
     threshold = dataset.background_threshold if args.background_threshold is None else args.background_threshold
     words = dataset.words if threshold is None else ["background", *dataset.words]
     palette = voc_palette()
-    count = min(len(dataset), args.limit or len(dataset))
+    count = len(dataset) if args.limit is None else min(len(dataset), args.limit)
+    if count < 1:
+        raise InputError(f"--dataset {args.dataset}: no picture to score")
     (output / "predictions").mkdir(parents=True, exist_ok=True)
     examples, start, last_line = [], time.time(), 0.0
 

@@ -37,6 +37,10 @@ class Config:
     mask_ratio: float = 0.75
     decoder_layers: int = 3
 
+    def __post_init__(self):
+        if self.image_size % self.patch_size:
+            raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The transformer
@@ -353,6 +357,8 @@ class SegCLIP(nn.Module):
 
     def __init__(self, config):
         super().__init__()
+        if config.first_stage_layers > config.vision_layers:
+            raise ValueError(f"first_stage_layers {config.first_stage_layers} is more than vision_layers {config.vision_layers}")
         self.config = config
         width, heads = config.vision_width, config.vision_width // 64
         self.clip = CLIP(config)

@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from clip_loader import InputError, Tokenizer, load_strictly, read_weights, save_checkpoint
+from clip_loader import InputError, Tokenizer, load_strictly, pick_device, read_weights, save_checkpoint
 from data import SyntheticScenes, TrainingPairs, normalise
 from losses import total_loss
 from model import Config, SegCLIP
@@ -53,7 +53,7 @@ def parse_args(argv=None):
     run.add_argument("--output", default="runs/synthetic", help="folder for checkpoint.pt and log.jsonl")
     run.add_argument("--resume", action="store_true", help="go on from OUTPUT/checkpoint.pt, with the same flags")
     run.add_argument("--save-every", type=int, default=200, help="steps between checkpoints")
-    run.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
+    run.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     run.add_argument(
         "--precision", choices=("bf16", "fp32"), default="bf16", help="fp32 for hardware without fast bf16 products"
     )
@@ -106,7 +106,7 @@ def main(argv=None):
     args = parse_args(argv)
     # One process, or as many as torchrun started: each works on its rows of every batch.
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device(args.device)
+    device = pick_device(args.device)
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         if device.type == "cuda":
@@ -127,7 +127,10 @@ def main(argv=None):
     else:
         tokenizer = Tokenizer.learn([scenes[i].caption for i in range(500)], num_merges=500)
     names = {field.name for field in dataclasses.fields(Config)} - {"vocab_size"}
-    config = Config(vocab_size=tokenizer.vocab_size, **{name: getattr(args, name) for name in names})
+    try:
+        config = Config(vocab_size=tokenizer.vocab_size, **{name: getattr(args, name) for name in names})
+    except ValueError as error:
+        raise InputError(str(error)) from None
 
     torch.manual_seed(args.seed)
     model = SegCLIP(config).to(device)

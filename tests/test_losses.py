@@ -1,0 +1,84 @@
+"""Each loss on a case that can be worked out on paper."""
+
+import math
+
+import pytest
+import torch
+
+from losses import contrastive_loss, patchify, reconstruction_loss, superpixel_kl_loss, total_loss
+
+
+def test_contrastive_loss_by_hand():
+    """Two pairs; images along the axes, the second text at 45 degrees. Lengths must not matter. Scale 2."""
+    images = torch.tensor([[3.0, 0.0], [0.0, 0.5]])
+    texts = torch.tensor([[1.0, 0.0], [7.0, 7.0]])
+    a = 2 * math.sqrt(0.5)  # 2 cos 45 degrees
+    #            text 1  text 2
+    #   image 1    2       a
+    #   image 2    0       a
+    i2t = (math.log(math.exp(2) + math.exp(a)) - 2 + math.log(1 + math.exp(a)) - a) / 2  # Eq. 10
+    t2i = (math.log(math.exp(2) + 1) - 2 + math.log(2)) / 2  # Eq. 9
+    loss = contrastive_loss(images, texts, torch.tensor(math.log(2)))
+    assert loss.item() == pytest.approx((i2t + t2i) / 2, rel=1e-5)
+
+
+def test_temperature_is_learned_and_clamped_at_100():
+    images, texts = torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(0))
+    at_100 = contrastive_loss(images, texts, torch.tensor(math.log(100)))
+    assert contrastive_loss(images, texts, torch.tensor(9.0)).item() == pytest.approx(at_100.item())
+    scale = torch.tensor(1.0, requires_grad=True)
+    contrastive_loss(images, texts, scale).backward()
+    assert scale.grad != 0
+
+
+def test_superpixel_loss_by_hand():
+    """N = 3 patches, L = 2 centers. Patches 1 and 2 are one super-patch and disagree; patch 3 is alone."""
+    assign = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]]])
+    superpatch = torch.tensor([[4, 4, 9]])
+    p = math.e / (math.e + 1)  # softmax of (1, 0); the target is softmax of (1/2, 1/2) = (1/2, 1/2)
+    forward = p * math.log(2 * p) + (1 - p) * math.log(2 * (1 - p))  # KL(P, Q)
+    backward = -0.5 * math.log(2 * p) - 0.5 * math.log(2 * (1 - p))  # KL(Q, P)
+    expected = 2 * (forward + backward) / (2 * 3)  # two such patches, the third adds nothing; Eq. 6 divides by 2N
+    assert superpixel_kl_loss(assign, superpatch).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_superpixel_loss_is_zero_where_super_patches_agree_and_ids_are_only_names():
+    assign = torch.eye(4)[torch.tensor([[0, 0, 1, 1, 3]])]
+    assert superpixel_kl_loss(assign, torch.tensor([[7, 7, 0, 0, 2]])).item() == pytest.approx(0, abs=1e-7)
+    disagree = superpixel_kl_loss(assign, torch.tensor([[0, 0, 0, 1, 1]]))
+    assert disagree > 0
+    assert superpixel_kl_loss(assign, torch.tensor([[-5, -5, -5, 90, 90]])) == disagree
+
+
+def test_super_patches_do_not_cross_pictures():
+    assign = torch.eye(2)[torch.tensor([[0, 0], [1, 1]])]
+    assert superpixel_kl_loss(assign, torch.tensor([[3, 3], [3, 3]])).item() == pytest.approx(0, abs=1e-7)
+
+
+def test_patchify_order():
+    """Patches row by row; in a patch pixels row by row, the colours of a pixel together."""
+    image = torch.arange(2 * 3 * 4 * 6).view(2, 3, 4, 6).float()
+    patches = patchify(image, 2)
+    assert patches.shape == (2, 6, 12)
+    for b, row, column, y, x, colour in [(0, 0, 0, 0, 0, 0), (1, 1, 2, 1, 0, 2), (0, 0, 1, 0, 1, 1), (1, 1, 0, 1, 1, 0)]:
+        value = image[b, colour, 2 * row + y, 2 * column + x]
+        assert patches[b, 3 * row + column, (2 * y + x) * 3 + colour] == value
+
+
+def test_reconstruction_loss_counts_hidden_patches_only():
+    image = torch.zeros(1, 3, 2, 4)
+    pixels = torch.stack([torch.full((12,), 100.0), torch.full((12,), 3.0)])[None]  # [1, 2, 12]
+    assert reconstruction_loss(pixels, image, torch.tensor([[0.0, 1.0]])).item() == pytest.approx(9)
+    image[:, :, :, 2:] = 1
+    assert reconstruction_loss(pixels, image, torch.tensor([[0.0, 1.0]])).item() == pytest.approx(4)
+
+
+def test_total_is_the_weighted_sum(tiny, batch):
+    image, text, noise = batch
+    superpatch = torch.arange(16).expand(8, 16) // 3
+    outputs = tiny.train()(image, text, **noise)
+    total, parts = total_loss(outputs, image, superpatch, reconstruction_weight=0.5, superpixel_weight=3.0)
+    assert set(parts) == {"con", "rec", "sup"}
+    assert total.item() == pytest.approx((parts["con"] + 0.5 * parts["rec"] + 3 * parts["sup"]).item())
+    outputs = tiny(image, text, **noise, reconstruct=False)
+    assert set(total_loss(outputs, image, superpatch)[1]) == {"con", "sup"}

@@ -1,0 +1,177 @@
+"""What must hold of the model whatever its weights are."""
+
+import pytest
+import torch
+
+from conftest import TINY
+from model import CLIP, Config, SegCLIP, assign_patches, sincos_positions
+
+
+def one(noise, i):
+    return {name: values[i : i + 1] for name, values in noise.items()}
+
+
+def test_a_row_of_a_batch_equals_the_picture_alone_in_training(tiny, batch):
+    image, text, noise = batch
+    tiny.train()
+    together = tiny(image, text, **noise)
+    for i in range(8):
+        alone = tiny(image[i : i + 1], text[i : i + 1], **one(noise, i))
+        for name in ("image_features", "text_features", "assign", "pixels", "mask"):
+            assert torch.allclose(together[name][i : i + 1], alone[name], atol=1e-5), name
+
+
+@pytest.mark.parametrize("name", ["image_features", "assign", "pixels"])
+def test_a_loss_on_one_row_has_no_gradient_for_other_pictures(tiny, batch, name):
+    image, text, noise = batch
+    image.requires_grad_()
+    output = tiny.train()(image, text, **noise)[name]
+    (output[3] * torch.randn_like(output[3])).sum().backward()
+    touched = image.grad.flatten(1).abs().sum(dim=1) > 0
+    assert touched.tolist() == [i == 3 for i in range(8)]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_assignment_rows_are_one_hot(tiny, batch, training):
+    image = batch[0]
+    M = tiny.train(training).encode_image(image).hard.detach()
+    assert M.shape == (8, 16, 4)
+    assert torch.allclose(M.sum(dim=-1), torch.ones(8, 16))
+    assert torch.allclose(M.amax(dim=-1), torch.ones(8, 16))
+
+
+def test_straight_through_gradient_is_the_soft_one():
+    generator = torch.Generator().manual_seed(0)
+    scores, noise, weight = torch.randn(3, 2, 5, 4, generator=generator, dtype=torch.double)
+    hard_scores, soft_scores = scores.clone().requires_grad_(), scores.clone().requires_grad_()
+    M = assign_patches(hard_scores, 0.9, noise)
+    soft = ((soft_scores + noise) / 0.9).softmax(dim=-1)
+    assert not torch.allclose(M, soft)
+    (M * weight).sum().backward()
+    (soft * weight).sum().backward()
+    assert torch.allclose(hard_scores.grad, soft_scores.grad)
+
+
+def test_training_draws_noise_and_evaluation_does_not(tiny, batch):
+    image = batch[0]
+    assert torch.equal(tiny.eval().encode_image(image).features, tiny.encode_image(image).features)
+    tiny.train().group.tau = 1e3  # so that the noise decides
+    tiny.group.centers.data *= 1e-3
+    assert not torch.equal(tiny.encode_image(image).features, tiny.encode_image(image).features)
+
+
+def test_gumbel_noise_makes_argmax_sample_from_the_softmax():
+    """The Gumbel-max trick: argmax(scores + noise) has the distribution softmax(scores)."""
+    noise = SegCLIP(TINY).draw_noise(1000, 16, torch.Generator().manual_seed(0))["gumbel_noise"]  # [1000, 16, 4]
+    scores = torch.tensor([0.0, 1.0, 2.0, -1.0])
+    M = assign_patches(scores + torch.zeros_like(noise), 0.9, noise)
+    assert torch.allclose(M.mean(dim=(0, 1)), scores.softmax(dim=0), atol=0.02)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_center_without_patches_is_finite(tiny, batch, training):
+    image, text, noise = batch
+    tiny.train(training)
+    noise["gumbel_noise"] = torch.tensor([1e4, 0, 0, 0]).expand(8, 16, 4)
+    noise["masked_gumbel_noise"] = noise["gumbel_noise"][:, : tiny.num_visible(16)]
+    if not training:
+        tiny.group.to_keys.weight.data.zero_()  # all scores equal: the first center takes everything
+        tiny.group.ln_keys.bias.data.zero_()
+    outputs = tiny(image, text, **noise)
+    assert outputs["assign"].detach().sum(dim=1)[:, 1:].abs().max() < 1e-5
+    (outputs["image_features"].sum() + outputs["pixels"].sum()).backward()
+    for name, parameter in tiny.named_parameters():
+        assert parameter.grad is None or parameter.grad.isfinite().all(), name
+    assert outputs["image_features"].isfinite().all() and outputs["pixels"].isfinite().all()
+
+
+def test_mean_over_the_patches_of_each_center(tiny):
+    """Eq. 3's MEAN, seen through an identity in place of the MLP."""
+    group = tiny.group.eval()
+    group.ln_out = group.mlp = group.activation = torch.nn.Identity()
+    patches = torch.randn(2, 6, 64)
+    regions, M, _ = group(patches)
+    centers = group.centers.expand(2, -1, -1)
+    for block in group.cross_blocks:
+        centers = block(centers, patches)
+    centers = group.ln_centers(centers)
+    values = group.to_values(group.ln_patches(patches).transpose(1, 2)).transpose(1, 2)
+    for b in range(2):
+        for k in range(4):
+            mine = [values[b, j] for j in range(6) if M[b, j, k] == 1]
+            mean = torch.stack(mine).mean(dim=0) if mine else torch.zeros(64)
+            assert torch.allclose(regions[b, k], mean + centers[b, k], atol=1e-5)
+
+
+@pytest.mark.parametrize("height, width", [(32, 32), (16, 48), (64, 40), (8, 8)])
+def test_any_multiple_of_the_patch_size(tiny, tiny_clip, height, width):
+    image, N = torch.randn(2, 3, height, width), height * width // 64
+    encoding = tiny.encode_image(image)
+    assert encoding.features.shape == (2, 16) and encoding.hard.shape == (2, N, 4)
+    pixels, mask = tiny.reconstruct(image)
+    assert pixels.shape == (2, N, 192) and mask.shape == (2, N)
+    assert tiny_clip.encode_patches(image).shape == (2, N, 16)
+    assert tiny_clip.encode_image(image).isfinite().all()
+
+
+def test_other_sizes_are_refused(tiny):
+    with pytest.raises(ValueError, match="multiples of the patch size 8, not 30x32"):
+        tiny.encode_image(torch.randn(1, 3, 30, 32))
+    with pytest.raises(ValueError, match="not a multiple"):
+        Config(image_size=100)
+
+
+def test_positions_are_interpolated_in_space(tiny_clip):
+    """A grid that grows from left to right still does so when it is stretched, row for row."""
+    visual = tiny_clip.visual
+    ramp = torch.arange(4.0).repeat(4)[:, None].expand(16, 64)
+    visual.positional_embedding.data[1:] = ramp
+    stretched = visual.patch_positions(4, 8)[:, 0].view(4, 8)
+    assert torch.allclose(stretched, stretched[:1].expand(4, 8), atol=1e-5)
+    assert (stretched[0].diff() > 0).all()
+    assert torch.equal(visual.patch_positions(4, 4), ramp)
+
+
+def test_masking_hides_what_the_noise_says(tiny, batch):
+    """What is hidden cannot reach the prediction, and what is visible does."""
+    image, _, noise = batch
+    noise = {"mask_noise": noise["mask_noise"], "gumbel_noise": noise["masked_gumbel_noise"]}
+    tiny.train()
+    pixels, mask = tiny.reconstruct(image, **noise)
+    assert (mask.sum(dim=1) == 16 - tiny.num_visible(16)).all()
+    visible = noise["mask_noise"].argsort(dim=1)[:, : tiny.num_visible(16)]
+    assert (mask.gather(1, visible) == 0).all()
+    on_pixels = mask.view(8, 1, 4, 4).repeat_interleave(8, dim=2).repeat_interleave(8, dim=3)
+    changed, _ = tiny.reconstruct(image + on_pixels, **noise)
+    assert torch.equal(changed, pixels)
+    changed, _ = tiny.reconstruct(image + 1 - on_pixels, **noise)
+    assert not torch.allclose(changed, pixels)
+
+
+def test_number_of_visible_patches_is_the_authors():
+    model = SegCLIP(TINY)
+    assert model.num_visible(196) == 48
+    assert model.num_visible(1) == 1
+
+
+def test_every_patch_has_its_own_decoder_position():
+    positions = sincos_positions(32, 3, 5)
+    assert positions.shape == (15, 32)
+    distances = torch.cdist(positions, positions) + torch.eye(15) * 9
+    assert distances.min() > 0.1
+
+
+def test_text_feature_ignores_what_follows_the_end_token(tiny_clip):
+    text = torch.tensor([[598, 5, 6, 599, 0, 0, 0, 0]])
+    longer = torch.tensor([[598, 5, 6, 599, 7, 8, 9, 0, 0, 0]])
+    assert torch.allclose(tiny_clip.encode_text(text), tiny_clip.encode_text(longer), atol=1e-6)
+
+
+def test_parameter_names_are_openais():
+    names = set(CLIP(TINY).state_dict())
+    assert {
+        "visual.conv1.weight",
+        "visual.transformer.resblocks.0.attn.in_proj_weight",
+        "transformer.resblocks.0.mlp.c_fc.bias",
+        "text_projection",
+    } <= names
