@@ -10,9 +10,9 @@ import hashlib
 import html
 import math
 import os
-import pickle
 import sys
 import urllib.request
+import warnings
 import zipfile
 from collections import Counter
 from pathlib import Path
@@ -28,6 +28,10 @@ class InputError(Exception):
     """Something that the user gave cannot be used. The message is one line: what is wrong, in which file, what to do."""
 
 
+def first_line(error):
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def pick_device(name):
     """"cpu", "cuda", "cuda:1", ... -> torch.device; None takes the GPU if there is one. Raises InputError."""
     if name is None:
@@ -37,7 +41,7 @@ def pick_device(name):
         torch.empty(0, device=device)
         return device
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {name}: not to be had here ({str(error).splitlines()[0]})") from None
+        raise InputError(f"--device {name}: not to be had here ({first_line(error)})") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -250,21 +254,21 @@ def read_weights(path):
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such file")
-    with open(path, "rb") as file:
-        is_zip = file.read(2) == b"PK"
-    if is_zip and not zipfile.is_zipfile(path):
-        raise InputError(f"{path}: the file is truncated; copy or download it again")
     try:
+        with open(path, "rb") as file:
+            is_zip = file.read(2) == b"PK"
+        if is_zip and not zipfile.is_zipfile(path):
+            raise EOFError("the file is cut off")
         if is_zip and any(name.endswith("/constants.pkl") for name in zipfile.ZipFile(path).namelist()):
             return torch.jit.load(path, map_location="cpu").state_dict()
-        # Mapped, not read: the tensors that nobody asks for (an optimiser's, say) cost nothing.
-        weights = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except pickle.UnpicklingError as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            # Mapped, not read: the tensors that nobody asks for (an optimiser's, say) cost nothing.
+            weights = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except Exception as error:  # a damaged file can make the reader fail in any way
         if "Unsupported" in str(error):
             raise InputError(f"{path}: refused, it holds Python objects that could run code; save tensors only") from None
-        raise InputError(f"{path}: not a checkpoint, or a damaged one") from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise InputError(f"{path}: not a checkpoint, or a damaged one ({str(error).splitlines()[0]})") from None
+        raise InputError(f"{path}: not a checkpoint, or a damaged one ({first_line(error)}); copy it anew") from None
     if not isinstance(weights, dict):
         raise InputError(f"{path}: holds a {type(weights).__name__}, not a dictionary of weights")
     return weights
