@@ -109,6 +109,14 @@ GROUNDS = {
     "wood": ((120, 80, 45), (180, 130, 80), lambda x, y, grain: 8 * abs(x % 8 - 4) + grain // 2),
 }
 SCENE_WORDS = [*GROUNDS, *THINGS]  # the classes, in the order of their label
+SCENE_PALETTE = np.array(  # and the colours that show them
+    [
+        *[(120, 190, 90), (235, 215, 160), (110, 175, 225), (175, 95, 75), (240, 245, 250), (150, 110, 75)],
+        *[(220, 40, 40), (250, 200, 40), (20, 95, 50), (100, 60, 160), (250, 235, 130), (235, 120, 190)],
+        *[(255, 70, 130), (250, 130, 30)],
+    ],
+    np.uint8,
+)
 CAPTIONS = [  # half of them name everything,
     "a photo of {things} on {grounds}.",
     "{things} on {grounds}",
@@ -129,7 +137,7 @@ CAPTIONS = [  # half of them name everything,
 class SyntheticScenes:
     """Scenes number 0, 1, 2, ... of a seed. `split` keeps training and evaluation apart."""
 
-    words = SCENE_WORDS
+    words, palette = SCENE_WORDS, SCENE_PALETTE
     background_threshold = None  # every pixel has a word
 
     def __init__(self, size, seed=0, split="train"):
@@ -339,6 +347,7 @@ class PascalVOC:
         "aeroplane bicycle bird boat bottle bus car cat chair cow table dog horse motorbike person plant sheep sofa train "
         "monitor"
     ).split()
+    palette = voc_palette()
     background_threshold = 0.75  # Section 3.1; the authors' code has 0.80
 
     def __init__(self, root):

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
 from clip_loader import InputError, load_segclip, load_tokenizer, pick_device
-from data import PascalVOC, SyntheticScenes, normalise, resize_bilinear, voc_palette
+from data import PascalVOC, SyntheticScenes, normalise, resize_bilinear
 
 DATASETS = ("synthetic", "pascal_voc")
 DEFAULT_CHECKPOINT = "runs/synthetic/checkpoint.pt"
@@ -191,26 +191,22 @@ def draw_examples(examples, words, palette, path, side=160):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--dataset", default="synthetic", help=f"what to score on: {' or '.join(DATASETS)}")
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] + " [x] is the default.")
+    parser.add_argument("--dataset", default="synthetic", help=f"what to score on: {' or '.join(DATASETS)} [%(default)s]")
     parser.add_argument("--data-root", help="folder of the data set (for pascal_voc: VOCdevkit/VOC2012)")
     parser.add_argument(
-        "--checkpoint",
-        default=DEFAULT_CHECKPOINT,
-        help="a checkpoint of train.py, or the authors' segclip.bin",
+        "--checkpoint", default=DEFAULT_CHECKPOINT, help="one of train.py's, or the authors' segclip.bin [%(default)s]"
     )
     parser.add_argument(
         "--background-threshold",
         type=float,
-        help="pixels whose best word scores less are background; tuned per data set (default: the paper's)",
+        help="where no word's score reaches it, there is background; between 0 and 1 [the paper's for this data set]",
     )
-    parser.add_argument("--limit", type=int, help="score the first LIMIT pictures (default: all; 500 scenes)")
-    parser.add_argument("--output", help="folder for metrics.json, predictions and examples.png (default: runs/DATASET)")
+    parser.add_argument("--limit", type=int, help="score the first LIMIT pictures [all]")
+    parser.add_argument("--output", help="folder for metrics.json, predictions and examples.png [runs/DATASET]")
     parser.add_argument("--vocabulary", help="OpenAI's BPE vocabulary, if it is not in the cache and cannot be fetched")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
-    parser.add_argument("--seed", type=int, default=0, help="of the synthetic scenes")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... [a GPU if there is one]")
+    parser.add_argument("--seed", type=int, default=0, help="of the synthetic scenes [%(default)s]")
     return parser.parse_args(argv)
 
 
@@ -258,7 +254,6 @@ def main(argv=None):
     dataset = open_dataset(args.dataset, args.data_root, args.seed, model.config.image_size)
     threshold = dataset.background_threshold if args.background_threshold is None else args.background_threshold
     words = dataset.words if threshold is None else ["background", *dataset.words]
-    palette = voc_palette()
     count = len(dataset) if args.limit is None else min(len(dataset), args.limit)
     if count < 1:
         raise InputError(f"--dataset {args.dataset}: no picture to score")
@@ -267,7 +262,7 @@ def main(argv=None):
 
     def on_result(i, sample, prediction, regions):
         nonlocal last_line
-        save_prediction(output / "predictions" / f"{sample.name}.png", prediction, palette)
+        save_prediction(output / "predictions" / f"{sample.name}.png", prediction, dataset.palette)
         if len(examples) < 6:
             examples.append((sample.picture, sample.label, regions, prediction))
         if time.time() - last_line > 5:
@@ -286,7 +281,7 @@ def main(argv=None):
         "seed": args.seed,
     }
     (output / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
-    draw_examples(examples, words, palette, output / "examples.png")
+    draw_examples(examples, words, dataset.palette, output / "examples.png")
     for word, value in zip(words, iou):
         print(f"{word:>16}  IoU {100 * value:5.1f} %")
     print(f"mIoU {100 * metrics['mIoU']:.2f} %  mAcc {100 * metrics['mAcc']:.2f} %  aAcc {100 * metrics['aAcc']:.2f} %", end="")

@@ -40,6 +40,8 @@ class Config:
     def __post_init__(self):
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
+        if self.vision_width % 64 or self.text_width % 64:
+            raise ValueError(f"vision_width {self.vision_width} and text_width {self.text_width} must be multiples of 64")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -46,33 +46,31 @@ SMALL = Config(
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] + " [x] is the default.")
     run = parser.add_argument_group("the run")
-    run.add_argument("--output", default="runs/synthetic", help="folder for checkpoint.pt and log.jsonl")
+    run.add_argument("--output", default="runs/synthetic", help="folder for checkpoint.pt and log.jsonl [%(default)s]")
     run.add_argument("--resume", action="store_true", help="go on from OUTPUT/checkpoint.pt, with the same flags")
-    run.add_argument("--save-every", type=int, default=200, help="steps between checkpoints")
-    run.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+    run.add_argument("--save-every", type=int, default=200, help="steps between checkpoints [%(default)s]")
+    run.add_argument("--device", help="cpu, cuda, cuda:1, ... [a GPU if there is one]")
     run.add_argument(
-        "--precision", choices=("bf16", "fp32"), default="bf16", help="fp32 for hardware without fast bf16 products"
+        "--precision", choices=("bf16", "fp32"), default="bf16", help="fp32 if bf16 is slow on your hardware [%(default)s]"
     )
-    run.add_argument("--workers", type=int, default=2, help="processes that prepare pairs; 0: none but this one")
-    run.add_argument("--seed", type=int, default=0, help="of the scenes, the initial weights and all noise")
+    run.add_argument("--workers", type=int, default=2, help="processes that prepare pairs; 0: none but this [%(default)s]")
+    run.add_argument("--seed", type=int, default=0, help="of the scenes, the initial weights and all noise [%(default)s]")
     recipe = parser.add_argument_group("the recipe")
-    recipe.add_argument("--steps", type=int, default=1200, help="0 writes the untrained model, to compare with")
-    recipe.add_argument("--batch-size", type=int, default=64, help="pairs in a step, over all processes")
-    recipe.add_argument("--lr", type=float, default=1e-3, help="learning rate at its peak")
-    recipe.add_argument("--warmup", type=float, default=0.1, help="share of the steps in which the rate rises to it")
-    recipe.add_argument("--weight-decay", type=float, default=0.05, help="of matrices; vectors are never decayed")
-    recipe.add_argument("--crop-scale", type=float, default=1.0, help="smallest share of a picture that a crop keeps")
-    recipe.add_argument("--reconstruction-weight", type=float, default=1.0, help="of L_rec in Eq. 7; 0 leaves it out")
-    recipe.add_argument("--superpixel-weight", type=float, default=1.0, help="of L_sup; 1/L is the authors' program")
-    model = parser.add_argument_group("the model (see Config in model.py)")
+    recipe.add_argument("--steps", type=int, default=1200, help="0 writes the untrained model, to compare with [%(default)s]")
+    recipe.add_argument("--batch-size", type=int, default=64, help="pairs in a step, over all processes [%(default)s]")
+    recipe.add_argument("--lr", type=float, default=1e-3, help="learning rate at its peak [%(default)s]")
+    recipe.add_argument("--warmup", type=float, default=0.1, help="share of the steps in which lr rises to it [%(default)s]")
+    recipe.add_argument("--weight-decay", type=float, default=0.05, help="of matrices; vectors have none [%(default)s]")
+    recipe.add_argument("--crop-scale", type=float, default=1.0, help="least share of a picture in a crop [%(default)s]")
+    recipe.add_argument("--reconstruction-weight", type=float, default=1.0, help="of L_rec in Eq. 7; 0: none [%(default)s]")
+    recipe.add_argument("--superpixel-weight", type=float, default=1.0, help="of L_sup; the authors': 1/L [%(default)s]")
+    sizes = parser.add_argument_group("the model (explained at Config in model.py)")
     for field in dataclasses.fields(Config):
         if field.name != "vocab_size":  # the tokenizer's
-            flag, default = "--" + field.name.replace("_", "-"), getattr(SMALL, field.name)
-            model.add_argument(flag, type=field.type, default=default, help=" ")
+            default = getattr(SMALL, field.name)
+            sizes.add_argument("--" + field.name.replace("_", "-"), type=field.type, default=default, help="[%(default)s]")
     return parser.parse_args(argv)
 
 
@@ -114,7 +112,7 @@ def main(argv=None):
             torch.cuda.set_device(device)
     elif args.workers:  # threads that fight the workers for cores cost a third of the speed
         torch.set_num_threads(max(1, torch.get_num_threads() - args.workers))
-    if args.batch_size % world:
+    if args.batch_size < 1 or args.batch_size % world:
         raise InputError(f"--batch-size {args.batch_size} cannot be split over {world} processes")
     share = args.batch_size // world
     rows = slice(rank * share, (rank + 1) * share)
@@ -127,13 +125,12 @@ def main(argv=None):
     else:
         tokenizer = Tokenizer.learn([scenes[i].caption for i in range(500)], num_merges=500)
     names = {field.name for field in dataclasses.fields(Config)} - {"vocab_size"}
+    torch.manual_seed(args.seed)
     try:
         config = Config(vocab_size=tokenizer.vocab_size, **{name: getattr(args, name) for name in names})
+        model = SegCLIP(config).to(device)
     except ValueError as error:
         raise InputError(str(error)) from None
-
-    torch.manual_seed(args.seed)
-    model = SegCLIP(config).to(device)
     reconstruct = args.reconstruction_weight > 0
     if not reconstruct:
         for part in (model.reconstruction_layer, model.reconstruction_blocks, model.decoder):
@@ -179,15 +176,20 @@ def main(argv=None):
         with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"), sdpa_kernel(kernels):
             outputs = parallel(image, text, **noise, reconstruct=reconstruct)
         loss, parts = total_loss(outputs, image, superpatch, args.reconstruction_weight, args.superpixel_weight)
+        values = torch.stack([loss, *parts.values()]).detach()
+        if world > 1:
+            # Each process has the losses of its own rows. Summed here and not after backward(), whose collectives must be
+            # the last: DDP (2.13) leaves gloo's threads behind, and one that holds a tensor of ours at exit aborts.
+            dist.all_reduce(values)
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
 
         done, now = step + 1, time.time()
-        recent.append({"loss": loss.detach()} | {name: part.detach() for name, part in parts.items()} | {"grad": norm})
+        recent.append(torch.cat([values / world, norm[None]]))
         if rank == 0 and (now - since > 5 or done == args.steps):
-            means = {name: torch.stack([line[name] for line in recent]).mean().item() for name in recent[0]}
+            means = dict(zip(("loss", *parts, "grad"), torch.stack(recent).mean(dim=0).tolist()))
             rate = (done - last_step) / (now - since)
             line = {"step": done, **means, "lr": lr, "scale": model.clip.logit_scale.exp().item()}
             line["pairs_per_second"] = rate * args.batch_size
