@@ -8,12 +8,15 @@ import dataclasses
 import gzip
 import hashlib
 import html
+import http.client
 import math
 import os
+import pickle
 import sys
 import urllib.request
 import warnings
 import zipfile
+import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -41,7 +44,14 @@ def pick_device(name):
         torch.empty(0, device=device)
         return device
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {name}: not to be had here ({first_line(error)})") from None
+        raise InputError(f"--device {name}: not available here ({first_line(error)})") from None
+
+
+def make_folder(path):
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be made a folder ({error})") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -109,13 +119,13 @@ class Tokenizer:
         """OpenAI's vocabulary file: a header, the merges, and after those more lines that CLIP does not use."""
         try:
             lines = gzip.decompress(Path(path).read_bytes()).decode().split("\n")
-        except (OSError, EOFError, ValueError) as error:
+        except (OSError, EOFError, ValueError, zlib.error) as error:
             raise InputError(f"{path}: not a BPE vocabulary ({error}); {VOCABULARY_ADVICE}") from None
         return cls(lines[1 : 49152 - 256 - 2 + 1])
 
     @classmethod
     def learn(cls, texts, num_merges):
-        """Find the merges in a text of one's own: join the most frequent pair of neighbours, num_merges times."""
+        """Find the merges in your own texts: join the most frequent pair of neighbours, num_merges times."""
         blank = cls()
         words = Counter(word for text in texts for word in blank.words(text))
         words = {blank.symbols(word): count for word, count in words.items()}
@@ -219,7 +229,7 @@ def fetch(name):
         if digest.hexdigest() != sha256:
             raise OSError("the download's SHA-256 is wrong")
         os.replace(partial, path)
-    except OSError as error:
+    except (OSError, http.client.HTTPException) as error:
         raise InputError(f"{path}: not there, and {url} could not be fetched ({error}); put it there by hand") from None
     finally:
         partial.unlink(missing_ok=True)
@@ -246,6 +256,54 @@ def load_tokenizer(checkpoint=None, vocabulary=None):
 # Weights
 
 
+class Attributes:
+    """Stands in for any class of a TorchScript archive: keeps what it holds, does nothing."""
+
+    def __setstate__(self, state):
+        vars(self).update(state)
+
+
+class TorchScriptReader(pickle.Unpickler):
+    """The tensors of a TorchScript archive. torch.jit.load would give them too, but it runs code that is in the file.
+
+    An archive is a zip: data.pkl, the tree of modules, in which each tensor refers to a file of raw numbers under data/.
+    Only what is listed in find_class is ever called.
+    """
+
+    def __init__(self, path):
+        self.archive = zipfile.ZipFile(path)
+        self.root = next(n for n in self.archive.namelist() if n.endswith("/data.pkl")).removesuffix("data.pkl")
+        super().__init__(self.archive.open(self.root + "data.pkl"))
+
+    def find_class(self, module, name):
+        if module.startswith("__torch__"):
+            return Attributes
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return torch._utils._rebuild_tensor_v2
+        if (module, name) == ("collections", "OrderedDict"):
+            return dict
+        if module == "torch.jit._pickle":  # lists of numbers and the like
+            return lambda values, *_: values
+        if module == "torch" and name.endswith("Storage"):
+            return getattr(torch, name)
+        raise pickle.UnpicklingError(f"Unsupported {module}.{name}")
+
+    def persistent_load(self, reference):
+        _, kind, key, _, _ = reference
+        numbers = torch.frombuffer(bytearray(self.archive.read(f"{self.root}data/{key}")), dtype=torch.uint8)
+        return torch.storage.TypedStorage(wrap_storage=numbers.untyped_storage(), dtype=kind.dtype, _internal=True)
+
+    def state_dict(self):
+        def collect(module, prefix):
+            for name, value in vars(module).items():
+                if isinstance(value, torch.Tensor):
+                    yield prefix + name, value
+                elif isinstance(value, Attributes):
+                    yield from collect(value, f"{prefix}{name}.")
+
+        return dict(collect(self.load(), ""))
+
+
 def read_weights(path):
     """A state dict or a checkpoint dictionary from a TorchScript archive or a torch.save file, on the CPU.
 
@@ -259,16 +317,16 @@ def read_weights(path):
             is_zip = file.read(2) == b"PK"
         if is_zip and not zipfile.is_zipfile(path):
             raise EOFError("the file is cut off")
-        if is_zip and any(name.endswith("/constants.pkl") for name in zipfile.ZipFile(path).namelist()):
-            return torch.jit.load(path, map_location="cpu").state_dict()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            if is_zip and any(name.endswith("/constants.pkl") for name in zipfile.ZipFile(path).namelist()):
+                return TorchScriptReader(path).state_dict()
             # Mapped, not read: the tensors that nobody asks for (an optimiser's, say) cost nothing.
             weights = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except Exception as error:  # a damaged file can make the reader fail in any way
         if "Unsupported" in str(error):
             raise InputError(f"{path}: refused, it holds Python objects that could run code; save tensors only") from None
-        raise InputError(f"{path}: not a checkpoint, or a damaged one ({first_line(error)}); copy it anew") from None
+        raise InputError(f"{path}: not a checkpoint, or a damaged one ({first_line(error)}); download or copy it again") from None
     if not isinstance(weights, dict):
         raise InputError(f"{path}: holds a {type(weights).__name__}, not a dictionary of weights")
     return weights
@@ -277,19 +335,19 @@ def read_weights(path):
 def load_strictly(model, state, source, new=()):
     """Load `state`, all of it and nothing else; parameters whose names start with `new` may be missing, as a whole."""
     own = model.state_dict()
-    state = {name: tensor.float() for name, tensor in state.items()}
     new = tuple(prefix for prefix in new if not any(name.startswith(prefix) for name in state))
-    fresh = [name for name in own if name.startswith(new)] if new else []
+    fresh = {name for name in own if new and name.startswith(new)}
     faults = [f"missing {name}" for name in own if name not in state and name not in fresh]
-    faults += [f"unexpected {name}" for name in state if name not in own]
-    faults += [
-        f"{name} is {list(state[name].shape)}, not {list(own[name].shape)}"
-        for name in own
-        if name in state and state[name].shape != own[name].shape
-    ]
+    for name, tensor in state.items():
+        if name not in own:
+            faults.append(f"unexpected {name}")
+        elif not isinstance(tensor, torch.Tensor):
+            faults.append(f"{name} is no tensor")
+        elif tensor.shape != own[name].shape:
+            faults.append(f"{name} is {list(tensor.shape)}, not {list(own[name].shape)}")
     if faults:
         raise InputError(f"{source}: not the weights of this architecture: {'; '.join(faults)}")
-    model.load_state_dict(state, strict=not fresh)
+    model.load_state_dict({name: tensor.float() for name, tensor in state.items()}, strict=not fresh)
     if fresh:
         print(f"{source}: new parameters, not in this file: {', '.join(x + '*' for x in new)}", file=sys.stderr)
     return model
@@ -307,19 +365,23 @@ def clip_config(state, source):
     try:
         width, _, patch_size, _ = state["visual.conv1.weight"].shape
         num_positions = state["visual.positional_embedding"].shape[0]
+        vision_layers = count_layers(state, "visual.transformer.resblocks.")
         return Config(
             image_size=patch_size * math.isqrt(num_positions - 1),
             patch_size=patch_size,
             vision_width=width,
-            vision_layers=count_layers(state, "visual.transformer.resblocks."),
+            vision_layers=vision_layers,
             embed_dim=state["text_projection"].shape[1],
             context_length=state["positional_embedding"].shape[0],
             vocab_size=state["token_embedding.weight"].shape[0],
             text_width=state["ln_final.weight"].shape[0],
             text_layers=count_layers(state, "transformer.resblocks."),
+            first_stage_layers=max(vision_layers - 2, 0),  # as in the paper, if a SegCLIP is made of it
         )
     except KeyError as error:
         raise InputError(f"{source}: not a CLIP: no parameter named {error}") from None
+    except (ValueError, IndexError, AttributeError) as error:
+        raise InputError(f"{source}: not the architecture of a CLIP ({error})") from None
 
 
 def load_clip(name_or_path):
@@ -389,39 +451,42 @@ def segclip_config(state, first_stage_layers, source):
     )
 
 
-def load_segclip(path_or_clip):
+def load_segclip(path_or_clip, from_clip=True):
     """-> SegCLIP in float32, from our checkpoint, the authors' segclip.bin (with or without its decoder), or a CLIP.
 
     A CLIP (the object, one of OpenAI's names, or a file) is something to start training from: what SegCLIP adds to it is
-    new, at random, and goes before its last two blocks, as in the paper. Raises InputError.
+    new, at random, and goes before its last two blocks, as in the paper. from_clip=False refuses it. Raises InputError.
     """
     if isinstance(path_or_clip, CLIP):
-        return segclip_from_clip(path_or_clip)
-    if path_or_clip in DOWNLOADS:
-        return segclip_from_clip(load_clip(path_or_clip))
-    state = read_weights(path_or_clip)
+        return segclip_from_clip(path_or_clip, "CLIP")
+    state = read_weights(fetch(path_or_clip) if path_or_clip in DOWNLOADS else path_or_clip)
     if "config" in state and "model" in state:
         try:
-            config = Config(**state["config"])
-        except TypeError as error:
+            model = SegCLIP(Config(**state["config"]))
+        except (TypeError, ValueError) as error:
             raise InputError(f"{path_or_clip}: made by another version of this project ({error})") from None
-        return load_strictly(SegCLIP(config), state["model"], path_or_clip)
+        return load_strictly(model, state["model"], path_or_clip)
     if count_layers(state, "clip.visual.transformer.layers0."):
         state, first_stage_layers = from_authors(state)
         model = SegCLIP(segclip_config(state, first_stage_layers, path_or_clip))
         return load_strictly(model, state, path_or_clip, new=["decoder."])
-    return segclip_from_clip(clip_from_state(state, path_or_clip))
+    clip = clip_from_state(state, path_or_clip)
+    if not from_clip:
+        raise InputError(f"{path_or_clip}: a CLIP, which has no semantic group module; a trained SegCLIP is needed")
+    return segclip_from_clip(clip, path_or_clip)
 
 
-def segclip_from_clip(clip):
-    config = dataclasses.replace(clip.config, first_stage_layers=clip.config.vision_layers - 2)
-    model = SegCLIP(config)
-    model.clip.load_state_dict(clip.state_dict())
-    return model
+def segclip_from_clip(clip, source):
+    state = {f"clip.{name}": tensor for name, tensor in clip.state_dict().items()}
+    new = ["group.", "reconstruction_layer.", "reconstruction_blocks.", "decoder."]
+    return load_strictly(SegCLIP(clip.config), state, source, new)
 
 
 def save_checkpoint(path, model, **others):
-    """Write a checkpoint that load_segclip reads. Atomic: `path` holds the old one or the new one, never a part."""
+    """Write a checkpoint that load_segclip reads. Atomic: `path` holds the old one or the new one, never a part.
+
+    `others` are entries beside the model's: tensors, numbers, strings, lists and dictionaries of those.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".part")

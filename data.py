@@ -233,7 +233,7 @@ def random_resized_crop(picture, segments, size, rng, scale):
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if w <= width and h <= height:
             break
-    else:  # as torchvision: the middle, as much of it as the ratio allows
+    else:  # too long for any of these: as much of it as the ratio allows
         w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
     left, top = rng.randint(width - w + 1), rng.randint(height - h + 1)
     box = (left, top, left + w, top + h)
@@ -263,6 +263,8 @@ class TrainingPairs(torch.utils.data.Dataset):
 # ---------------------------------------------------------------------------------------------------------------------
 # Pictures as people have them
 
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises on a damaged file
+
 
 def read_picture(path):
     """Any picture file -> uint8 [H, W, 3], as a viewer would show it. Raises InputError."""
@@ -277,24 +279,29 @@ def read_picture(path):
             return np.asarray(image.convert("RGB"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such picture") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except UNREADABLE as error:
         raise InputError(f"{path}: not a picture that can be read ({error})") from None
 
 
-def read_label(path, picture):
-    """A label map of the picture's size, uint8 [H, W]: a palette or grey PNG, whose values are the classes."""
+def read_label(path, picture, num_classes):
+    """A label map of the picture's size, uint8 [H, W]: a palette or grey PNG whose values are classes, or 255.
+
+    Raises InputError for another size, another kind of file, or another value.
+    """
     try:
         with Image.open(path) as image:
             label = np.asarray(image)
     except FileNotFoundError:
         raise InputError(f"{path}: no such label map") from None
-    except (OSError, ValueError, SyntaxError) as error:
+    except UNREADABLE as error:
         raise InputError(f"{path}: not a label map that can be read ({error})") from None
     if label.ndim != 2 or label.dtype != np.uint8:
         raise InputError(f"{path}: not a label map: its mode must be P or L, one byte a pixel, not {image.mode}")
     if label.shape != picture.shape[:2]:
         size, expected = (f"{shape[1]}x{shape[0]}" for shape in (label.shape, picture.shape))
         raise InputError(f"{path}: the label map is {size}, its picture {expected}")
+    if strangers := set(np.unique(label).tolist()) - {*range(num_classes), 255}:
+        raise InputError(f"{path}: has the value {min(strangers)}, but the classes end at {num_classes - 1} (255: not scored)")
     return label
 
 
@@ -356,7 +363,10 @@ class PascalVOC:
         for path in (self.root / "JPEGImages", self.root / "SegmentationClass", split):
             if not path.exists():
                 raise InputError(f"{path}: not there; --data-root should be the folder VOCdevkit/VOC2012 of PASCAL VOC")
-        self.names = split.read_text().split()
+        try:
+            self.names = [line.strip() for line in split.read_text().splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{split}: not a list of names ({error})") from None
 
     def __len__(self):
         return len(self.names)
@@ -364,4 +374,5 @@ class PascalVOC:
     def __getitem__(self, index):
         name = self.names[index]
         picture = read_picture(self.root / "JPEGImages" / f"{name}.jpg")
-        return Sample(picture, read_label(self.root / "SegmentationClass" / f"{name}.png", picture), name)
+        label = read_label(self.root / "SegmentationClass" / f"{name}.png", picture, 1 + len(self.words))
+        return Sample(picture, label, name)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
-from clip_loader import InputError, load_segclip, load_tokenizer, pick_device
+from clip_loader import InputError, load_segclip, load_tokenizer, make_folder, pick_device
 from data import PascalVOC, SyntheticScenes, normalise, resize_bilinear
 
 DATASETS = ("synthetic", "pascal_voc")
@@ -117,6 +117,7 @@ class Score:
         self.intersection, self.predicted, self.labelled = np.zeros((3, num_classes), np.int64)
 
     def add(self, prediction, label):
+        """One picture: uint8 arrays of the same shape. Where the label is 255, nothing counts."""
         scored = label != 255
         prediction, label = prediction[scored], label[scored]
         for counts, values in (
@@ -163,7 +164,7 @@ def draw_examples(examples, words, palette, path, side=160):
     """One row per example, (picture, truth, regions, prediction): photograph | truth | regions | result, and a legend."""
     font, margin, head = ImageFont.load_default(13), 8, 24
     titles = ("photograph", "truth", "regions", "result")
-    used = sorted({c for _, truth, _, prediction in examples for c in np.union1d(truth, prediction)} - {255})
+    used = sorted({c for _, truth, _, prediction in examples for c in np.union1d(truth, prediction) if c < len(words)})
     columns = 4
     legend = 20 * -(-len(used) // columns) + margin
     width, top = margin + len(titles) * (side + margin), head + len(examples) * (side + margin)
@@ -203,7 +204,7 @@ def parse_args(argv=None):
         help="where no word's score reaches it, there is background; between 0 and 1 [the paper's for this data set]",
     )
     parser.add_argument("--limit", type=int, help="score the first LIMIT pictures [all]")
-    parser.add_argument("--output", help="folder for metrics.json, predictions and examples.png [runs/DATASET]")
+    parser.add_argument("--output", help="folder for metrics.json, predictions, examples.png [scenes: the checkpoint's; else: runs/DATASET]")
     parser.add_argument("--vocabulary", help="OpenAI's BPE vocabulary, if it is not in the cache and cannot be fetched")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... [a GPU if there is one]")
     parser.add_argument("--seed", type=int, default=0, help="of the synthetic scenes [%(default)s]")
@@ -211,6 +212,7 @@ def parse_args(argv=None):
 
 
 def open_dataset(name, root, seed, size):
+    """The data set of that name: words, palette, background_threshold, len, and Samples by number. Raises InputError."""
     if name == "synthetic":
         return SyntheticScenes(size, seed, "val")
     if name not in DATASETS:
@@ -241,23 +243,32 @@ def save_prediction(path, prediction, palette):
 
 def main(argv=None):
     args = parse_args(argv)
-    output = Path(args.output or f"runs/{args.dataset}")
     device = pick_device(args.device)
+    if args.seed < 0:
+        raise InputError(f"--seed {args.seed}: must not be negative")
     if args.checkpoint == DEFAULT_CHECKPOINT and not Path(DEFAULT_CHECKPOINT).exists():
         raise InputError(f"{DEFAULT_CHECKPOINT}: not there yet; make it with `python train.py`, or give --checkpoint FILE")
-    model = load_segclip(args.checkpoint).to(device).eval()
+    model = load_segclip(args.checkpoint, from_clip=False).to(device).eval()
     tokenizer = load_tokenizer(args.checkpoint, args.vocabulary)
     if tokenizer.vocab_size != model.config.vocab_size:
         raise InputError(
             f"{args.checkpoint}: made for {model.config.vocab_size} tokens, but the vocabulary has {tokenizer.vocab_size}"
         )
     dataset = open_dataset(args.dataset, args.data_root, args.seed, model.config.image_size)
-    threshold = dataset.background_threshold if args.background_threshold is None else args.background_threshold
+    threshold = dataset.background_threshold
+    if args.background_threshold is not None:
+        if threshold is None:
+            raise InputError(f"--background-threshold: {args.dataset} has no background")
+        if not 0 <= args.background_threshold <= 1:
+            raise InputError(f"--background-threshold {args.background_threshold}: must be between 0 and 1")
+        threshold = args.background_threshold
     words = dataset.words if threshold is None else ["background", *dataset.words]
     count = len(dataset) if args.limit is None else min(len(dataset), args.limit)
     if count < 1:
         raise InputError(f"--dataset {args.dataset}: no picture to score")
-    (output / "predictions").mkdir(parents=True, exist_ok=True)
+    # Scores on scenes belong to one run of training; each has a folder already.
+    output = Path(args.output or (Path(args.checkpoint).parent if args.dataset == "synthetic" else f"runs/{args.dataset}"))
+    make_folder(output / "predictions")
     examples, start, last_line = [], time.time(), 0.0
 
     def on_result(i, sample, prediction, regions):

@@ -75,7 +75,7 @@ def reconstruction_loss(pixels, image, mask):
     """
     target = patchify(image, math.isqrt(pixels.shape[-1] // 3))
     error = (pixels.float() - target).square().mean(dim=-1)  # [B, N]
-    return (error * mask).sum() / mask.sum()
+    return (error * mask).sum() / mask.sum().clamp(min=1)  # a picture of one patch hides none
 
 
 def total_loss(outputs, image, superpatch, reconstruction_weight=1.0, superpixel_weight=1.0):

@@ -38,10 +38,17 @@ class Config:
     decoder_layers: int = 3
 
     def __post_init__(self):
+        for name, value in vars(self).items():
+            if value <= 0 and name not in ("first_stage_layers", "cross_layers", "decoder_layers"):
+                raise ValueError(f"{name} is {value}; it must be more than 0")
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
         if self.vision_width % 64 or self.text_width % 64:
             raise ValueError(f"vision_width {self.vision_width} and text_width {self.text_width} must be multiples of 64")
+        if not 0 <= self.first_stage_layers <= self.vision_layers:
+            raise ValueError(f"first_stage_layers is {self.first_stage_layers}, of {self.vision_layers} vision_layers")
+        if self.mask_ratio >= 1:
+            raise ValueError(f"mask_ratio is {self.mask_ratio}; it must be less than 1")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -234,6 +241,12 @@ class CrossBlock(nn.Module):
         return centers + self.mlp(self.ln_2(centers))
 
 
+def draw_gumbel(*shape, generator=None, device=None):
+    """Noise with the Gumbel distribution: -log(-log(u)) for u uniform between 0 and 1."""
+    u = torch.rand(*shape, generator=generator, device=device)
+    return -(-u.clamp(min=1e-20).log()).log()
+
+
 def assign_patches(scores, tau, gumbel_noise=None):
     """Give every patch to one center (Eq. 2): scores [B, N, L] -> mapping matrix M [B, N, L] with one-hot rows.
 
@@ -244,7 +257,7 @@ def assign_patches(scores, tau, gumbel_noise=None):
         return F.one_hot(scores.argmax(dim=-1), scores.shape[-1]).to(scores.dtype)
     soft = ((scores + gumbel_noise) / tau).softmax(dim=-1)
     hard = F.one_hot(soft.argmax(dim=-1), scores.shape[-1]).to(soft.dtype)
-    return hard + soft - soft.detach()
+    return hard + (soft - soft.detach())  # the brackets keep the rows exactly one-hot
 
 
 class SemanticGroup(nn.Module):
@@ -278,13 +291,10 @@ class SemanticGroup(nn.Module):
         values = self.to_values(h).transpose(1, 2)  # [B, N, D]
         scores = (keys @ centers.transpose(1, 2)).float()  # [B, N, L]; no 1/sqrt(D), as in Eq. 2
         if self.training and gumbel_noise is None:
-            gumbel_noise = -torch.empty_like(scores).exponential_().log()
+            gumbel_noise = draw_gumbel(*scores.shape, device=scores.device)
         M = assign_patches(scores, self.tau, gumbel_noise if self.training else None)  # Eq. 2
 
-        count = M.sum(dim=1)  # [B, L]
-        # A center without patches gets a mean of zero. Not clamp(min=1): rounding makes a count of one 0.9999999 in
-        # training, where clamp would cut the gradient.
-        count = torch.where(count > 0.5, count, 1.0)
+        count = M.sum(dim=1).clamp(min=1)  # [B, L]; a center without patches gets a mean of zero
         mean = M.transpose(1, 2) @ values / count[..., None]  # [B, L, D]
         regions = self.activation(self.mlp(self.ln_out(mean + centers)))  # Eq. 3
         return regions, M, scores.softmax(dim=-1)
@@ -359,8 +369,6 @@ class SegCLIP(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        if config.first_stage_layers > config.vision_layers:
-            raise ValueError(f"first_stage_layers {config.first_stage_layers} is more than vision_layers {config.vision_layers}")
         self.config = config
         width, heads = config.vision_width, config.vision_width // 64
         self.clip = CLIP(config)
@@ -373,14 +381,17 @@ class SegCLIP(nn.Module):
         self.clip.visual.class_embedding.requires_grad_(False)
 
     def encode_text(self, text):
+        """[B, T] token ids -> [B, E]."""
         return self.clip.encode_text(text)
 
     def first_stage(self, patches):
+        """The blocks before the group module: [B, N, D] -> [B, N, D]."""
         for block in self.clip.visual.transformer.resblocks[: self.config.first_stage_layers]:
             patches = block(patches)
         return patches
 
     def third_stage(self, regions):
+        """The blocks after it: [B, L, D] -> [B, L, D]."""
         for block in self.clip.visual.transformer.resblocks[self.config.first_stage_layers :]:
             regions = block(regions)
         return regions
@@ -418,22 +429,16 @@ class SegCLIP(nn.Module):
         return self.decoder(z, restore, grid), (restore >= num_visible).float()
 
     def num_visible(self, num_patches):
-        """Patches that the masked pass sees: 48 of 196. The authors count the class token, which is then dropped."""
+        """How many of N patches the masked pass sees: 48 of 196. The authors count the class token, then drop it."""
         return max(1, int((num_patches + 1) * (1 - self.config.mask_ratio)) - 1)
 
     def draw_noise(self, batch, num_patches, generator=None):
         """All the randomness of one training step, as the keyword arguments that forward takes."""
-
-        def uniform(*shape):
-            return torch.rand(batch, *shape, generator=generator, device=generator.device if generator else None)
-
-        def gumbel(patches):  # -log(-log(u)) has the Gumbel distribution for u uniform in (0, 1)
-            return -(-uniform(patches, self.config.num_centers).clamp(min=1e-20).log()).log()
-
+        options, L = {"generator": generator, "device": generator.device if generator else None}, self.config.num_centers
         return {
-            "gumbel_noise": gumbel(num_patches),
-            "mask_noise": uniform(num_patches),
-            "masked_gumbel_noise": gumbel(self.num_visible(num_patches)),
+            "gumbel_noise": draw_gumbel(batch, num_patches, L, **options),
+            "mask_noise": torch.rand(batch, num_patches, **options),
+            "masked_gumbel_noise": draw_gumbel(batch, self.num_visible(num_patches), L, **options),
         }
 
     def forward(self, image, text, gumbel_noise=None, mask_noise=None, masked_gumbel_noise=None, reconstruct=True):

@@ -6,6 +6,7 @@
 
 import argparse
 import dataclasses
+import datetime
 import json
 import math
 import os
@@ -20,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from clip_loader import InputError, Tokenizer, load_strictly, pick_device, read_weights, save_checkpoint
+from clip_loader import InputError, Tokenizer, load_strictly, make_folder, pick_device, read_weights, save_checkpoint
 from data import SyntheticScenes, TrainingPairs, normalise
 from losses import total_loss
 from model import Config, SegCLIP
@@ -38,7 +39,7 @@ SMALL = Config(
     text_width=128,
     text_layers=2,
     first_stage_layers=3,
-    num_centers=16,  # without cross-attention the centers are the same for all pictures, so there must be enough for all words
+    num_centers=16,  # without cross-attention they are the same for all pictures: enough for each word to have its own
     cross_layers=0,
     gumbel_tau=3.0,  # from scratch the scores are so far apart that 0.9 leaves the assignment hardly any gradient
     decoder_layers=1,
@@ -50,7 +51,7 @@ def parse_args(argv=None):
     run = parser.add_argument_group("the run")
     run.add_argument("--output", default="runs/synthetic", help="folder for checkpoint.pt and log.jsonl [%(default)s]")
     run.add_argument("--resume", action="store_true", help="go on from OUTPUT/checkpoint.pt, with the same flags")
-    run.add_argument("--save-every", type=int, default=200, help="steps between checkpoints [%(default)s]")
+    run.add_argument("--save-every", type=int, default=200, help="steps between checkpoints; 0: only one at the end [%(default)s]")
     run.add_argument("--device", help="cpu, cuda, cuda:1, ... [a GPU if there is one]")
     run.add_argument(
         "--precision", choices=("bf16", "fp32"), default="bf16", help="fp32 if bf16 is slow on your hardware [%(default)s]"
@@ -65,13 +66,35 @@ def parse_args(argv=None):
     recipe.add_argument("--weight-decay", type=float, default=0.05, help="of matrices; vectors have none [%(default)s]")
     recipe.add_argument("--crop-scale", type=float, default=1.0, help="least share of a picture in a crop [%(default)s]")
     recipe.add_argument("--reconstruction-weight", type=float, default=1.0, help="of L_rec in Eq. 7; 0: none [%(default)s]")
-    recipe.add_argument("--superpixel-weight", type=float, default=1.0, help="of L_sup; the authors': 1/L [%(default)s]")
+    recipe.add_argument("--superpixel-weight", type=float, default=1.0, help="of L_sup; 1/L is the authors' [%(default)s]")
     sizes = parser.add_argument_group("the model (explained at Config in model.py)")
     for field in dataclasses.fields(Config):
         if field.name != "vocab_size":  # the tokenizer's
             default = getattr(SMALL, field.name)
             sizes.add_argument("--" + field.name.replace("_", "-"), type=field.type, default=default, help="[%(default)s]")
     return parser.parse_args(argv)
+
+
+def check(args, world):
+    """Raises InputError for flags that make no sense."""
+    for name in ("save_every", "workers", "seed", "steps"):
+        if getattr(args, name) < 0:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: must not be negative")
+    if args.batch_size < 1 or args.batch_size % world:
+        raise InputError(f"--batch-size {args.batch_size} cannot be split over {world} processes")
+    if not 0 < args.crop_scale <= 1:
+        raise InputError(f"--crop-scale {args.crop_scale}: must be more than 0 and at most 1")
+
+
+def check_resumed(checkpoint, args, path):
+    """Raises InputError unless the checkpoint is of a run with the same flags: it could not go on as it began."""
+    if not {"model", "merges", "optimizer", "step", "args"} <= checkpoint.keys():
+        raise InputError(f"{path}: not a checkpoint of train.py, which could be resumed")
+    free = ("output", "resume", "save_every", "device", "workers")
+    for name, value in vars(args).items():
+        if name not in free and checkpoint["args"].get(name) != value:
+            flag = "--" + name.replace("_", "-")
+            raise InputError(f"{path}: its run had {flag} {checkpoint['args'].get(name)}, not {value}; use the same flags")
 
 
 def learning_rate(step, args):
@@ -104,21 +127,22 @@ def main(argv=None):
     args = parse_args(argv)
     # One process, or as many as torchrun started: each works on its rows of every batch.
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    check(args, world)
     device = pick_device(args.device)
     if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
             torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     elif args.workers:  # threads that fight the workers for cores cost a third of the speed
         torch.set_num_threads(max(1, torch.get_num_threads() - args.workers))
-    if args.batch_size < 1 or args.batch_size % world:
-        raise InputError(f"--batch-size {args.batch_size} cannot be split over {world} processes")
     share = args.batch_size // world
     rows = slice(rank * share, (rank + 1) * share)
 
     path = Path(args.output) / "checkpoint.pt"
     resumed = read_weights(path) if args.resume else None
+    if resumed:
+        check_resumed(resumed, args, path)
     scenes = SyntheticScenes(args.image_size, args.seed)
     if resumed:
         tokenizer = Tokenizer(resumed["merges"])
@@ -155,16 +179,16 @@ def main(argv=None):
             state = {"merges": tokenizer.merges, "optimizer": optimizer.state_dict(), "step": step}
             save_checkpoint(path, model, **state, args=vars(args), git=git_revision())
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    log = open(path.parent / "log.jsonl", "a" if resumed else "w") if rank == 0 else None
+    make_folder(path.parent)
     if rank == 0:
+        log = open(path.parent / "log.jsonl", "a" if resumed else "w")
         count = sum(p.numel() for p in model.parameters()) / 1e6
         print(f"{count:.1f} M parameters, {tokenizer.vocab_size} tokens, {world} x {device.type}, {args.precision}")
     model.train()
     # The fused kernel for the CPU is made for long sequences; its backward pass in bf16 halves the speed of short ones.
     short = device.type == "cpu" and num_patches < 128
     kernels = [SDPBackend.MATH] if short else [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    recent, since, last_step = [], time.time(), start
+    recent, skipped, since, last_step = [], 0, time.time(), start
     for step, (picture, superpatch, text) in enumerate(loader, start):
         lr = learning_rate(step, args)
         for group in optimizer.param_groups:
@@ -184,11 +208,19 @@ def main(argv=None):
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        # One step that overflows is left out, as in the authors' program; all processes see the same norm.
+        skipped = 0 if norm.isfinite() else skipped + 1
+        if skipped == 10:
+            raise InputError(f"step {step}: ten gradients in a row are not finite, the run is broken; try a lower --lr")
+        if not skipped:
+            optimizer.step()
+            with torch.no_grad():  # where the loss clamps the scale it has no gradient, and could never come back
+                model.clip.logit_scale.clamp_(max=math.log(100))
 
         done, now = step + 1, time.time()
-        recent.append(torch.cat([values / world, norm[None]]))
-        if rank == 0 and (now - since > 5 or done == args.steps):
+        if rank == 0 and not skipped:
+            recent.append(torch.cat([values / world, norm[None]]))
+        if recent and (now - since > 5 or done == args.steps):
             means = dict(zip(("loss", *parts, "grad"), torch.stack(recent).mean(dim=0).tolist()))
             rate = (done - last_step) / (now - since)
             line = {"step": done, **means, "lr": lr, "scale": model.clip.logit_scale.exp().item()}
@@ -196,14 +228,14 @@ def main(argv=None):
             log.write(json.dumps(line) + "\n")
             log.flush()
             losses = " + ".join(f"{name} {means[name]:.3f}" for name in parts)
-            eta = time.strftime("%H:%M:%S", time.gmtime((args.steps - done) / rate))
+            eta = datetime.timedelta(seconds=round((args.steps - done) / rate))
             print(
                 f"step {done}/{args.steps}  loss {means['loss']:.3f} = {losses}  grad {means['grad']:.1f}  lr {lr:.1e}"
                 f"  scale {line['scale']:.1f}  {line['pairs_per_second']:.0f} pairs/s  ETA {eta}",
                 flush=True,
             )
             recent, since, last_step = [], now, done
-        if done % args.save_every == 0 and done < args.steps:
+        if args.save_every and done % args.save_every == 0 and done < args.steps:
             save(done)
     save(max(start, args.steps))
     if rank == 0:

@@ -1,5 +1,6 @@
 """What several test files need: the recorded outputs of other programs, small models, OpenAI's vocabulary."""
 
+import argparse
 import hashlib
 import json
 from pathlib import Path
@@ -34,6 +35,14 @@ def assert_close(ours, theirs, tolerance=1e-4):
     assert (ours - theirs).abs().max() <= tolerance * theirs.abs().max()
 
 
+def assert_one_line(error, *parts):
+    """The message of a caught InputError: one line, which names these."""
+    message = str(error.value)
+    assert "\n" not in message
+    for part in parts:
+        assert str(part) in message
+
+
 @pytest.fixture(scope="session")
 def vocabulary():
     """The path of OpenAI's vocabulary, which the project does not contain: from the cache, or beside the checkout."""
@@ -51,6 +60,18 @@ def authors_checkpoint(tmp_path_factory):
     path = tmp_path_factory.mktemp("authors") / "segclip.bin"
     torch.save(rebuild_weights("pipeline/recipe.json")[0], path)
     return path
+
+
+def recorder(args):
+    """A copy of parsed flags, and the set of those that have been read from it so far."""
+    read = set()
+
+    class Recorder(argparse.Namespace):
+        def __getattribute__(self, name):
+            read.add(name)
+            return super().__getattribute__(name)
+
+    return Recorder(**vars(args)), read
 
 
 TINY = Config(

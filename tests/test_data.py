@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from clip_loader import InputError, Tokenizer
-from conftest import TINY
+from conftest import TINY, assert_one_line
 from data import (
     COLOURS,
     GROUNDS,
@@ -186,13 +186,6 @@ def test_exif_orientation(tmp_path, orientation):
     assert (picture > 128).mean() == pytest.approx(0.25, abs=0.02)
 
 
-def assert_one_line(error, *parts):
-    message = str(error.value)
-    assert "\n" not in message
-    for part in parts:
-        assert str(part) in message
-
-
 def test_files_that_are_not_pictures(tmp_path):
     for name, content in {"text.jpg": b"hello", "empty.jpg": b"", "none.jpg": None}.items():
         if content is not None:
@@ -213,19 +206,23 @@ def test_label_maps(tmp_path):
     image = Image.fromarray(label)
     image.putpalette(voc_palette().ravel().tolist())
     image.save(path)
-    assert (read_label(path, picture) == label).all()
+    assert (read_label(path, picture, 24) == label).all()
+    label[0, 0] = 255
     Image.fromarray(label).save(path)
-    assert (read_label(path, picture) == label).all()
+    assert (read_label(path, picture, 24) == label).all()
     with pytest.raises(InputError) as error:
-        read_label(path, picture.swapaxes(0, 1))
+        read_label(path, picture, 23)
+    assert_one_line(error, path, "value 23")
+    with pytest.raises(InputError) as error:
+        read_label(path, picture.swapaxes(0, 1), 24)
     assert_one_line(error, path, "6x4", "4x6")
     Image.fromarray(picture).save(path)
     with pytest.raises(InputError) as error:
-        read_label(path, picture)
+        read_label(path, picture, 24)
     assert_one_line(error, path, "RGB")
     path.write_bytes(b"no")
     with pytest.raises(InputError) as error:
-        read_label(path, picture)
+        read_label(path, picture, 24)
     assert_one_line(error, path)
 
 
@@ -248,6 +245,17 @@ def test_a_data_root_without_the_expected_folders(tmp_path, lost):
     with pytest.raises(InputError) as error:
         PascalVOC(tmp_path)
     assert_one_line(error, tmp_path / lost, "VOCdevkit/VOC2012")
+
+
+def test_names_are_lines(tmp_path):
+    for folder in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "ImageSets/Segmentation/val.txt").write_text("my cat \r\n\nb\n")
+    assert PascalVOC(tmp_path).names == ["my cat", "b"]
+    (tmp_path / "ImageSets/Segmentation/val.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InputError) as error:
+        PascalVOC(tmp_path)
+    assert_one_line(error, "val.txt")
 
 
 def test_voc_palette():

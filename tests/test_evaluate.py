@@ -14,7 +14,7 @@ from PIL import Image
 
 import evaluate
 from clip_loader import InputError, Tokenizer, save_checkpoint
-from conftest import TINY
+from conftest import TINY, recorder
 from data import PascalVOC, SyntheticScenes, voc_palette
 from evaluate import Score, pixel_scores, region_scores, resized, segment, window_starts
 from model import ImageEncoding, SegCLIP
@@ -205,8 +205,17 @@ def test_limit_and_synthetic_scenes(checkpoint, tmp_path):
     assert sorted(path.name for path in (tmp_path / "predictions").iterdir()) == [f"scene{i:05}.png" for i in range(3)]
     first = json.loads((tmp_path / "metrics.json").read_text())
     assert first["pictures"] == 3
+    assert not list(checkpoint.parent.glob("*.json"))
     run("--checkpoint", checkpoint, "--limit", 3, "--output", tmp_path, "--seed", 1)
     assert json.loads((tmp_path / "metrics.json").read_text())["IoU"] != first["IoU"]
+
+
+def test_every_flag_is_read(voc, checkpoint, tmp_path, monkeypatch):
+    arguments = ["--dataset", "pascal_voc", "--data-root", str(voc), "--checkpoint", str(checkpoint), "--limit", "1"]
+    args, read = recorder(evaluate.parse_args([*arguments, "--output", str(tmp_path)]))
+    monkeypatch.setattr(evaluate, "parse_args", lambda argv: args)
+    evaluate.main()
+    assert set(vars(args)) <= read
 
 
 def fails(*arguments):
@@ -228,10 +237,18 @@ def test_bad_input(voc, checkpoint, tmp_path, monkeypatch):
     assert str(tmp_path / "elsewhere/JPEGImages") in fails(*good, "--data-root", tmp_path / "elsewhere")
     assert "--device" in fails(*good, "--device", "toaster")
     assert "no picture" in fails(*good, "--limit", 0)
+    assert "between 0 and 1" in fails(*good, "--background-threshold", "nan")
+    assert "no background" in fails("--checkpoint", checkpoint, "--background-threshold", "0.5")
+    assert "--seed" in fails("--checkpoint", checkpoint, "--seed", "-1")
+    (tmp_path / "file").touch()
+    assert str(tmp_path / "file") in fails(*good, "--output", tmp_path / "file")
 
     Image.new("L", (5, 5)).save(voc / "SegmentationClass/grey.png")
     message = fails(*good)
     assert "grey.png" in message and "5x5" in message and "40x30" in message
+    Image.new("L", (40, 30), 21).save(voc / "SegmentationClass/grey.png")
+    message = fails(*good)
+    assert "grey.png" in message and "21" in message
     (voc / "JPEGImages/grey.jpg").write_text("no picture")
     assert "grey.jpg" in fails(*good)
     (voc / "ImageSets/Segmentation/val.txt").write_text("")

@@ -10,7 +10,7 @@ import torch
 
 import clip_loader
 from clip_loader import InputError, Tokenizer, load_clip, load_segclip, load_tokenizer, read_weights, save_checkpoint
-from conftest import TINY, rebuild_weights
+from conftest import TINY, assert_one_line, rebuild_weights
 from model import CLIP, SegCLIP
 
 
@@ -19,13 +19,6 @@ def assert_same_weights(a, b):
     assert a.keys() == b.keys()
     for name in a:
         assert torch.equal(a[name], b[name]), name
-
-
-def assert_one_line(error, *parts):
-    message = str(error.value)
-    assert "\n" not in message
-    for part in parts:
-        assert str(part) in message
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -190,7 +183,12 @@ def test_a_clip_to_start_from(tiny_clip, tmp_path, capsys):
     for source in (tiny_clip, tmp_path / "clip.pt"):
         model = load_segclip(source)
         assert_same_weights(model.clip, tiny_clip)
-        assert model.config.first_stage_layers == TINY.vision_layers - 2
+        report = capsys.readouterr().err
+        assert report.count("\n") == 1 and all(f"{part}." in report for part in ("group", "reconstruction_layer", "decoder"))
+    assert model.config.first_stage_layers == TINY.vision_layers - 2
+    with pytest.raises(InputError) as error:
+        load_segclip(tmp_path / "clip.pt", from_clip=False)
+    assert_one_line(error, tmp_path / "clip.pt", "no semantic group module")
 
 
 def test_the_authors_checkpoint_with_and_without_decoder(tmp_path, capsys):
@@ -249,7 +247,10 @@ class Runs:
         return open, (str(self.path), "w")
 
 
-@pytest.mark.parametrize("kind", ["missing", "empty", "folder", "text", "truncated", "legacy", "list", "resnet", "other"])
+KINDS = "missing empty folder text truncated legacy list resnet other width rank no_tensor".split()
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_file_that_is_no_checkpoint(kind, tiny_clip, tmp_path):
     path = tmp_path / "file.pt"
     if kind == "empty":
@@ -270,6 +271,12 @@ def test_a_file_that_is_no_checkpoint(kind, tiny_clip, tmp_path):
         torch.save({"visual.layer1.0.conv1.weight": torch.zeros(1)}, path)
     elif kind == "other":
         torch.save({"fc.weight": torch.zeros(1)}, path)
+    elif kind == "width":
+        torch.save(openai_state(tiny_clip) | {"visual.conv1.weight": torch.zeros(100, 3, 8, 8)}, path)
+    elif kind == "rank":
+        torch.save(openai_state(tiny_clip) | {"visual.conv1.weight": torch.zeros(100)}, path)
+    elif kind == "no_tensor":
+        torch.save(openai_state(tiny_clip) | {"visual.proj": 3}, path)
     for load in (load_clip, load_segclip):
         with pytest.raises(InputError) as error:
             load(path)
@@ -285,8 +292,38 @@ def test_a_checkpoint_that_would_run_code_is_refused(how, tmp_path):
         torch.save({"model": Runs(victim)}, path)
     with pytest.raises(InputError) as error:
         load_segclip(path)
-    assert_one_line(error, path)
+    assert_one_line(error, path, "could run code")
     assert not victim.exists()
+
+
+class Scripted(torch.nn.Module):
+    """Loaded with torch.jit.load, this would write a file."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.path, self.training = path, False
+
+    @torch.jit.export
+    def __getstate__(self):
+        return self.path, self.training
+
+    @torch.jit.export
+    def __setstate__(self, state: tuple[str, bool]):
+        self.path, self.training = state[0], state[1]
+        torch.save(torch.zeros(1), self.path)
+
+    def forward(self, x):
+        return x
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_code_in_a_torchscript_archive_never_runs(tmp_path):
+    torch.jit.script(Scripted(str(tmp_path / "victim"))).save(tmp_path / "evil.pt")
+    (tmp_path / "victim").unlink(missing_ok=True)
+    with pytest.raises(InputError) as error:
+        load_clip(tmp_path / "evil.pt")
+    assert_one_line(error, tmp_path / "evil.pt")
+    assert not (tmp_path / "victim").exists()
 
 
 def test_a_checkpoint_of_another_architecture(tiny, tmp_path):
@@ -295,10 +332,11 @@ def test_a_checkpoint_of_another_architecture(tiny, tmp_path):
     with pytest.raises(InputError) as error:
         load_segclip(tmp_path / "a.pt")
     assert_one_line(error, "group.centers is [4, 64], not [5, 64]")
-    torch.save({"model": tiny.state_dict(), "config": config | {"colour": 1}}, tmp_path / "a.pt")
-    with pytest.raises(InputError) as error:
-        load_segclip(tmp_path / "a.pt")
-    assert_one_line(error, tmp_path / "a.pt", "colour")
+    for field, value in {"colour": 1, "image_size": 100, "first_stage_layers": 9}.items():
+        torch.save({"model": tiny.state_dict(), "config": config | {field: value}}, tmp_path / "a.pt")
+        with pytest.raises(InputError) as error:
+            load_segclip(tmp_path / "a.pt")
+        assert_one_line(error, tmp_path / "a.pt", field)
 
 
 def test_a_failed_save_leaves_the_old_checkpoint(tiny, tmp_path, monkeypatch):

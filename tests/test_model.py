@@ -36,8 +36,8 @@ def test_assignment_rows_are_one_hot(tiny, batch, training):
     image = batch[0]
     M = tiny.train(training).encode_image(image).hard.detach()
     assert M.shape == (8, 16, 4)
-    assert torch.allclose(M.sum(dim=-1), torch.ones(8, 16))
-    assert torch.allclose(M.amax(dim=-1), torch.ones(8, 16))
+    assert torch.equal(M.sum(dim=-1), torch.ones(8, 16))
+    assert torch.equal(M.amax(dim=-1), torch.ones(8, 16))
 
 
 def test_straight_through_gradient_is_the_soft_one():
@@ -165,13 +165,3 @@ def test_text_feature_ignores_what_follows_the_end_token(tiny_clip):
     text = torch.tensor([[598, 5, 6, 599, 0, 0, 0, 0]])
     longer = torch.tensor([[598, 5, 6, 599, 7, 8, 9, 0, 0, 0]])
     assert torch.allclose(tiny_clip.encode_text(text), tiny_clip.encode_text(longer), atol=1e-6)
-
-
-def test_parameter_names_are_openais():
-    names = set(CLIP(TINY).state_dict())
-    assert {
-        "visual.conv1.weight",
-        "visual.transformer.resblocks.0.attn.in_proj_weight",
-        "transformer.resblocks.0.mlp.c_fc.bias",
-        "text_projection",
-    } <= names

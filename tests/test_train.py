@@ -10,12 +10,13 @@ import torch
 
 import train
 from clip_loader import InputError, load_segclip, load_tokenizer, read_weights
+from conftest import recorder
 from data import SyntheticScenes, TrainingPairs, normalise
 from losses import contrastive_loss
 
 SMALL_RUN = (
-    "--device cpu --precision fp32 --image-size 32 --vision-width 64 --text-width 64 --vision-layers 2 --first-stage-layers 2 "
-    "--text-layers 1 --num-centers 6 --embed-dim 32 --batch-size 8 --steps 6 --workers 0"
+    "--device cpu --precision fp32 --image-size 32 --vision-width 64 --text-width 64 --vision-layers 3 --first-stage-layers 2 "
+    "--text-layers 1 --num-centers 6 --cross-layers 1 --embed-dim 32 --batch-size 8 --steps 6 --workers 0"
 )
 
 
@@ -83,11 +84,20 @@ def test_a_run_that_was_interrupted_ends_bit_for_bit_the_same(tmp_path, monkeypa
     assert whole["step"] == resumed["step"] == 6
 
 
+def test_a_run_goes_on_with_its_own_flags_only(tmp_path):
+    run(tmp_path)
+    for flags in ("--num-centers 5", "--seed 1", "--gumbel-tau 2", "--steps 7", "--reconstruction-weight 0"):
+        with pytest.raises(InputError) as error:
+            run(tmp_path, "--resume", *flags.split())
+        assert flags.split()[0] in str(error.value) and "same flags" in str(error.value)
+    torch.save({"model": {}, "config": {}}, tmp_path / "checkpoint.pt")
+    with pytest.raises(InputError, match="not a checkpoint of train.py"):
+        run(tmp_path, "--resume")
+
+
 def test_a_finished_run_resumed_is_left_as_it_is(tmp_path):
     whole = run(tmp_path)
     assert_equal(whole["model"], run(tmp_path, "--resume")["model"])
-    with pytest.raises(InputError, match="missing|not the weights"):
-        run(tmp_path, "--resume", "--num-centers", "5")
     with pytest.raises(InputError, match="no such file"):
         run(tmp_path / "elsewhere", "--resume")
 
@@ -116,6 +126,47 @@ def test_two_processes_do_what_one_does(tmp_path):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-4), name
 
 
+def test_gradients_that_are_not_finite_change_nothing(tmp_path, monkeypatch):
+    start = run(tmp_path, "--steps", "0")
+    monkeypatch.setattr(train, "normalise", lambda picture: picture.float() / 0)
+    end = run(tmp_path, "--steps", "9")
+    assert_equal(start["model"], end["model"])
+    with pytest.raises(InputError, match="not finite"):
+        run(tmp_path, "--steps", "11")
+    assert_equal(end["model"], read_weights(tmp_path / "checkpoint.pt")["model"])
+
+
+def test_learning_rate_by_hand():
+    args = train.parse_args("--steps 110 --lr 2 --warmup 0.0909".split())  # 10 steps up, 100 down
+    rates = [train.learning_rate(step, args) for step in range(110)]
+    assert rates[0] == pytest.approx(0.2) and rates[9] == rates[10] == 2
+    assert rates[60] == pytest.approx(1) and rates[35] == pytest.approx(1 + 0.5**0.5)
+    assert 0 < rates[109] < 0.001
+
+
+def test_weight_decay_is_for_matrices(tiny):
+    args = train.parse_args("--weight-decay 0.3".split())
+    decayed, others = train.build_optimizer(tiny, args).param_groups
+    assert decayed["weight_decay"] == 0.3 and others["weight_decay"] == 0
+    together = {id(p) for group in (decayed, others) for p in group["params"]}
+    assert together == {id(p) for name, p in tiny.named_parameters() if name != "clip.visual.class_embedding"}
+    assert any(p is tiny.group.to_keys.weight for p in decayed["params"])
+    assert any(p is tiny.clip.visual.ln_pre.weight for p in others["params"])
+
+
+def test_weights_of_the_losses(tmp_path):
+    run(tmp_path, "--steps", "1", "--superpixel-weight", "5", "--reconstruction-weight", "0.25")
+    line = log_of(tmp_path)[-1]
+    assert line["loss"] == pytest.approx(line["con"] + 0.25 * line["rec"] + 5 * line["sup"], rel=1e-5)
+
+
+def test_every_flag_is_read(tmp_path, monkeypatch):
+    args, read = recorder(train.parse_args([*SMALL_RUN.split(), "--output", str(tmp_path), "--steps", "1"]))
+    monkeypatch.setattr(train, "parse_args", lambda argv: args)
+    train.main()
+    assert set(vars(args)) <= read
+
+
 def test_losses_that_are_left_out(tmp_path):
     start = run(tmp_path, "--steps", "0")["model"]
     end = run(tmp_path, "--steps", "2", "--reconstruction-weight", "0")["model"]
@@ -131,6 +182,14 @@ def test_losses_that_are_left_out(tmp_path):
         ("--first-stage-layers 9", "first_stage_layers"),
         ("--batch-size 0", "batch-size"),
         ("--vision-width 100", "width"),
+        ("--patch-size 0", "patch_size"),
+        ("--num-centers 0", "num_centers"),
+        ("--gumbel-tau 0", "gumbel_tau"),
+        ("--mask-ratio 1", "mask_ratio"),
+        ("--crop-scale 0", "crop-scale"),
+        ("--workers -1", "workers"),
+        ("--seed -1", "seed"),
+        ("--output /dev/null", "/dev/null"),
     ],
 )
 def test_flags_that_make_no_sense(tmp_path, flags, word):
