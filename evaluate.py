@@ -161,9 +161,9 @@ def word_palette(n):
 
 
 def draw_examples(examples, words, palette, path, side=160):
-    """One row per example, (picture, truth, regions, prediction): photograph | truth | regions | result, and a legend."""
+    """One row per example, (picture, truth, regions, prediction): picture | truth | regions | result, and a legend."""
     font, margin, head = ImageFont.load_default(13), 8, 24
-    titles = ("photograph", "truth", "regions", "result")
+    titles = ("picture", "truth", "regions", "result")
     used = sorted({c for _, truth, _, prediction in examples for c in np.union1d(truth, prediction) if c < len(words)})
     columns = 4
     legend = 20 * -(-len(used) // columns) + margin

@@ -29,10 +29,12 @@ def recorded(file):
     return {name: torch.from_numpy(a) for name, a in np.load(GOLDEN / file).items() if a.dtype.kind != "U"}
 
 
-def assert_close(ours, theirs, tolerance=1e-4):
-    """Largest difference relative to the largest value."""
+def assert_close(ours, theirs, name, tolerance=1e-4):
+    """Largest difference relative to the largest value; `pytest -s` shows it."""
     assert ours.shape == theirs.shape
-    assert (ours - theirs).abs().max() <= tolerance * theirs.abs().max()
+    difference = ((ours - theirs).abs().max() / theirs.abs().max()).item()
+    print(f"{name:>50}: off by {difference:.1e}")
+    assert difference <= tolerance, name
 
 
 def assert_one_line(error, *parts):
