@@ -12,6 +12,7 @@ import http.client
 import math
 import os
 import pickle
+import subprocess
 import sys
 import urllib.request
 import warnings
@@ -23,6 +24,7 @@ from pathlib import Path
 import ftfy
 import regex
 import torch
+import torch.distributed as dist
 
 from model import CLIP, Config, SegCLIP
 
@@ -32,11 +34,12 @@ class InputError(Exception):
 
 
 def first_line(error):
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    """What an error of a library says, without the pages that some say."""
+    return (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0][:150]
 
 
 def pick_device(name):
-    """"cpu", "cuda", "cuda:1", ... -> torch.device; None takes the GPU if there is one. Raises InputError."""
+    """ "cpu", "cuda", "cuda:1", ... -> torch.device; None takes the GPU if there is one. Raises InputError."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -45,6 +48,25 @@ def pick_device(name):
         return device
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {name}: not available here ({first_line(error)})") from None
+
+
+def start_processes(device_name):
+    """-> (rank, world size, device): one process, or as many as torchrun started, joined to a group. Raises InputError."""
+    rank, world, device = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), pick_device(device_name)
+    if world > 1:
+        if device.type == "cuda":
+            device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return rank, world, device
+
+
+def git_revision():
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def make_folder(path):
@@ -200,6 +222,7 @@ for _name, _sha256 in {
 }.items():
     _file = _name.replace("/", "-").replace("@", "-") + ".pt"
     DOWNLOADS[_name] = _sha256, _file, f"https://openaipublic.azureedge.net/clip/models/{_sha256}/{_file}"
+MODELS = [name for name in DOWNLOADS if name != VOCABULARY]
 VOCABULARY_ADVICE = f"get it from {DOWNLOADS[VOCABULARY][2]} and point to it with --vocabulary FILE"
 
 
@@ -286,7 +309,7 @@ class TorchScriptReader(pickle.Unpickler):
             return lambda values, *_: values
         if module == "torch" and name.endswith("Storage"):
             return getattr(torch, name)
-        raise pickle.UnpicklingError(f"Unsupported {module}.{name}")
+        raise pickle.UnpicklingError(f"Unsupported global {module}.{name}")
 
     def persistent_load(self, reference):
         _, kind, key, _, _ = reference
@@ -310,11 +333,15 @@ def read_weights(path):
     Raises InputError for a file that is missing, truncated, or would need Python code to be run.
     """
     path = Path(path)
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder, not a checkpoint")
     if not path.is_file():
-        raise InputError(f"{path}: no such file")
+        raise InputError(f"{path}: no such file, and no model of this name; there are {', '.join(MODELS)}")
+    is_pickle = False
     try:
         with open(path, "rb") as file:
-            is_zip = file.read(2) == b"PK"
+            head = file.read(2)
+        is_zip, is_pickle = head == b"PK", head[:1] == b"\x80"
         if is_zip and not zipfile.is_zipfile(path):
             raise EOFError("the file is cut off")
         with warnings.catch_warnings():
@@ -324,9 +351,10 @@ def read_weights(path):
             # Mapped, not read: the tensors that nobody asks for (an optimiser's, say) cost nothing.
             weights = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except Exception as error:  # a damaged file can make the reader fail in any way
-        if "Unsupported" in str(error):
+        if "Unsupported global" in str(error) or is_pickle and "Unsupported" in str(error):
             raise InputError(f"{path}: refused, it holds Python objects that could run code; save tensors only") from None
-        raise InputError(f"{path}: not a checkpoint, or a damaged one ({first_line(error)}); download or copy it again") from None
+        reason = f" ({first_line(error)})" if isinstance(error, (OSError, EOFError)) else ""
+        raise InputError(f"{path}: not a checkpoint, or a damaged one{reason}; download or copy it again") from None
     if not isinstance(weights, dict):
         raise InputError(f"{path}: holds a {type(weights).__name__}, not a dictionary of weights")
     return weights
@@ -430,7 +458,7 @@ def from_authors(state):
         if name == "vis_mae_decoder.decoder_pos_embed":
             continue
         if match := regex.match(r"clip\.visual\.transformer\.layers2\.(\d+)\.", name):
-            name = f"clip.visual.transformer.resblocks.{first_stage + int(match[1])}.{name[match.end():]}"
+            name = f"clip.visual.transformer.resblocks.{first_stage + int(match[1])}.{name[match.end() :]}"
         for pattern, replacement in AUTHORS_NAMES:
             name = regex.sub(pattern, replacement, name)
         renamed[name] = tensor

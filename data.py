@@ -17,7 +17,7 @@ IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
 class Sample(NamedTuple):
     picture: np.ndarray  # uint8 [H, W, 3]
-    label: np.ndarray  # uint8 [H, W], the class of each pixel; 255 is not scored. Never seen in training.
+    label: np.ndarray | None  # uint8 [H, W], the class of each pixel; 255 is not scored. Never seen in training.
     name: str
     caption: str = ""
 
@@ -104,7 +104,11 @@ GROUNDS = {
     "grass": ((40, 110, 35), (130, 190, 70), lambda x, y, grain: grain * (1 + (x + grain // 16) % 3) // 3),
     "sand": ((190, 160, 105), (235, 210, 160), lambda x, y, grain: 20 + grain * 2 // 3),
     "water": ((40, 95, 150), (125, 185, 215), lambda x, y, grain: 20 * ((y + abs(x % 8 - 4)) // 4 % 2) + grain // 2),
-    "brick": ((150, 70, 55), (205, 195, 185), lambda x, y, grain: 56 * ((y % 4 == 0) | ((x + y // 4 * 4) % 8 == 0)) + grain // 8),
+    "brick": (
+        (150, 70, 55),
+        (205, 195, 185),
+        lambda x, y, grain: 56 * ((y % 4 == 0) | ((x + y // 4 * 4) % 8 == 0)) + grain // 8,
+    ),
     "snow": ((215, 225, 235), (255, 255, 255), lambda x, y, grain: grain),
     "wood": ((120, 80, 45), (180, 130, 80), lambda x, y, grain: 8 * abs(x % 8 - 4) + grain // 2),
 }
@@ -147,6 +151,10 @@ class SyntheticScenes:
 
     def __len__(self):
         return 500  # as many as are scored; there is a scene for every number
+
+    @property
+    def names(self):
+        return [f"scene{i:05}" for i in range(len(self))]
 
     def __getitem__(self, index):
         rng = np.random.RandomState([*self.key, index])
@@ -249,7 +257,13 @@ class TrainingPairs(torch.utils.data.Dataset):
     """
 
     def __init__(self, source, tokenizer, config, crop_scale, seed):
-        self.source, self.tokenizer, self.config, self.crop_scale, self.seed = source, tokenizer, config, crop_scale, seed
+        self.source, self.tokenizer, self.config, self.crop_scale, self.seed = (
+            source,
+            tokenizer,
+            config,
+            crop_scale,
+            seed,
+        )
 
     def __getitem__(self, index):
         sample, rng = self.source[index], np.random.RandomState([self.seed, index])
@@ -283,10 +297,10 @@ def read_picture(path):
         raise InputError(f"{path}: not a picture that can be read ({error})") from None
 
 
-def read_label(path, picture, num_classes):
-    """A label map of the picture's size, uint8 [H, W]: a palette or grey PNG whose values are classes, or 255.
+def read_label(path, picture, table):
+    """A palette or grey PNG of the picture's size -> uint8 [H, W] of classes, through `table`, int [256].
 
-    Raises InputError for another size, another kind of file, or another value.
+    Raises InputError for another size, another kind of file, or a value that the table does not have.
     """
     try:
         with Image.open(path) as image:
@@ -300,9 +314,10 @@ def read_label(path, picture, num_classes):
     if label.shape != picture.shape[:2]:
         size, expected = (f"{shape[1]}x{shape[0]}" for shape in (label.shape, picture.shape))
         raise InputError(f"{path}: the label map is {size}, its picture {expected}")
-    if strangers := set(np.unique(label).tolist()) - {*range(num_classes), 255}:
-        raise InputError(f"{path}: has the value {min(strangers)}, but the classes end at {num_classes - 1} (255: not scored)")
-    return label
+    classes = table[label]
+    if classes.min() < 0:
+        raise InputError(f"{path}: has the value {label[classes < 0].min()}, which is none of the classes")
+    return classes.astype(np.uint8)
 
 
 def resize_bilinear(image, height, width):
@@ -338,7 +353,9 @@ def resize_bilinear(image, height, width):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Benchmarks
+# Benchmarks, in the folders that mmsegmentation documents
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
 
 def voc_palette(n=256):
@@ -347,32 +364,227 @@ def voc_palette(n=256):
     return (bits << (7 - np.arange(8))[:, None]).sum(axis=1).astype(np.uint8)  # [n, 3]
 
 
-class PascalVOC:
-    """PASCAL VOC 2012, the validation split: 20 classes and background, in the folders of VOCdevkit/VOC2012."""
+def value_table(classes):
+    """{value in the file: class} -> int [256]; 255 stays 255, which is not scored; any other value is an error, -1."""
+    table = np.full(256, -1)
+    table[255] = 255
+    table[list(classes.keys())] = list(classes.values())
+    return table
 
-    words = (
-        "aeroplane bicycle bird boat bottle bus car cat chair cow table dog horse motorbike person plant sheep sofa train "
-        "monitor"
-    ).split()
-    palette = voc_palette()
-    background_threshold = 0.75  # Section 3.1; the authors' code has 0.80
 
-    def __init__(self, root):
-        self.root = Path(root)
-        split = self.root / "ImageSets" / "Segmentation" / "val.txt"
-        for path in (self.root / "JPEGImages", self.root / "SegmentationClass", split):
-            if not path.exists():
-                raise InputError(f"{path}: not there; --data-root should be the folder VOCdevkit/VOC2012 of PASCAL VOC")
-        try:
-            self.names = [line.strip() for line in split.read_text().splitlines() if line.strip()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{split}: not a list of names ({error})") from None
+def identity(n):
+    return value_table({i: i for i in range(n)})
+
+
+def from_one(n):
+    """Classes counted from 1; 0 is nothing that is scored. mmsegmentation calls it reduce_zero_label."""
+    return value_table({0: 255} | {i + 1: i for i in range(n)})
+
+
+# The raw COCO-Stuff maps have the category's number less one: 80 things below 90, 91 stuffs from 91 to 181.
+COCO_THINGS = sorted(set(range(90)) - {11, 25, 28, 29, 44, 65, 67, 68, 70, 82})
+COCO_RAW = COCO_THINGS + list(range(91, 182))
+# Everything but an object is background here, the unlabelled pixels too: none is left out of the score.
+COCO_OBJECT_TABLE = value_table({255: 0} | {v: 0 for v in range(91, 182)} | {v: 1 + i for i, v in enumerate(COCO_THINGS)})
+CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)  # the 19 that are scored
+CITYSCAPES_TABLE = value_table({i: 255 for i in range(34)} | {i: c for c, i in enumerate(CITYSCAPES_IDS)})
+
+
+def listed(names):
+    return [name.strip() for name in names.split(",")]
+
+
+VOC = listed(
+    "aeroplane, bicycle, bird, boat, bottle, bus, car, cat, chair, cow, table, dog, horse, motorbike, person, "
+    "plant, sheep, sofa, train, monitor"
+)
+CONTEXT = listed(
+    "airplane, bag, bed, bedclothes, bench, bicycle, bird, boat, book, bottle, building, bus, cabinet, car, cat, "
+    "ceiling, chair, cloth, computer, cow, cup, curtain, dog, door, fence, floor, flower, food, grass, ground, "
+    "horse, keyboard, light, motorbike, mountain, mouse, person, plate, platform, plant, road, rock, sheep, "
+    "shelves, sidewalk, sign, sky, snow, sofa, table, track, train, tree, truck, monitor, wall, water, window, "
+    "wood"
+)
+COCO = listed(
+    "person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, stop sign,"
+    " parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, backpack, "
+    "umbrella, handbag, tie, suitcase, frisbee, skis, snowboard, sports ball, kite, baseball bat, baseball glove,"
+    " skateboard, surfboard, tennis racket, bottle, wine glass, cup, fork, knife, spoon, bowl, banana, apple, "
+    "sandwich, orange, broccoli, carrot, hot dog, pizza, donut, cake, chair, couch, potted plant, bed, dining "
+    "table, toilet, tv, laptop, mouse, remote, keyboard, cell phone, microwave, oven, toaster, sink, "
+    "refrigerator, book, clock, vase, scissors, teddy bear, hair drier, toothbrush, banner, blanket, branch, "
+    "bridge, building-other, bush, cabinet, cage, cardboard, carpet, ceiling-other, ceiling-tile, cloth, clothes,"
+    " clouds, counter, cupboard, curtain, desk-stuff, dirt, door-stuff, fence, floor-marble, floor-other, "
+    "floor-stone, floor-tile, floor-wood, flower, fog, food-other, fruit, furniture-other, grass, gravel, "
+    "ground-other, hill, house, leaves, light, mat, metal, mirror-stuff, moss, mountain, mud, napkin, net, paper,"
+    " pavement, pillow, plant-other, plastic, platform, playingfield, railing, railroad, river, road, rock, roof,"
+    " rug, salad, sand, sea, shelf, sky-other, skyscraper, snow, solid-other, stairs, stone, straw, "
+    "structural-other, table, tent, textile-other, towel, tree, vegetable, wall-brick, wall-concrete, wall-other,"
+    " wall-panel, wall-stone, wall-tile, wall-wood, water-other, waterdrops, window-blind, window-other, wood"
+)
+ADE20K = listed(
+    "wall, building, sky, floor, tree, ceiling, road, bed, windowpane, grass, cabinet, sidewalk, person, earth, "
+    "door, table, mountain, plant, curtain, chair, car, water, painting, sofa, shelf, house, sea, mirror, rug, "
+    "field, armchair, seat, fence, desk, rock, wardrobe, lamp, bathtub, railing, cushion, base, box, column, "
+    "signboard, chest of drawers, counter, sand, sink, skyscraper, fireplace, refrigerator, grandstand, path, "
+    "stairs, runway, case, pool table, pillow, screen door, stairway, river, bridge, bookcase, blind, coffee "
+    "table, toilet, flower, book, hill, bench, countertop, stove, palm, kitchen island, computer, swivel chair, "
+    "boat, bar, arcade machine, hovel, bus, towel, light, truck, tower, chandelier, awning, streetlight, booth, "
+    "television receiver, airplane, dirt track, apparel, pole, land, bannister, escalator, ottoman, bottle, "
+    "buffet, poster, stage, van, ship, fountain, conveyer belt, canopy, washer, plaything, swimming pool, stool, "
+    "barrel, basket, waterfall, tent, bag, minibike, cradle, oven, ball, food, step, tank, trade name, microwave,"
+    " pot, animal, bicycle, lake, dishwasher, screen, blanket, sculpture, hood, sconce, vase, traffic light, "
+    "tray, ashcan, fan, pier, crt screen, plate, monitor, bulletin board, shower, radiator, glass, clock, flag"
+)
+CITYSCAPES = listed(
+    "road, sidewalk, building, wall, fence, pole, traffic light, traffic sign, vegetation, terrain, sky, person, "
+    "rider, car, truck, bus, train, motorcycle, bicycle"
+)
+
+
+class Benchmark(NamedTuple):
+    """Where a data set keeps what, and what its pixels mean."""
+
+    words: list  # of the classes, without background
+    background_threshold: float | None  # Section 3.1; None where the data set has no background
+    pictures: str  # folder
+    suffix: str  # of the pictures' names
+    labels: tuple  # (folder, suffix, value table), ...; the first that is there is read
+    split: str | None = None  # file with the names; without it, all pictures in the folder and its folders
+    usual_root: str = ""
+
+
+BENCHMARKS = {
+    "pascal_voc": Benchmark(
+        VOC,
+        0.75,  # the authors' code has 0.80
+        "JPEGImages",
+        ".jpg",
+        (("SegmentationClass", ".png", identity(21)),),
+        "ImageSets/Segmentation/val.txt",
+        "VOCdevkit/VOC2012",
+    ),
+    "pascal_context": Benchmark(
+        CONTEXT,
+        0.25,
+        "JPEGImages",
+        ".jpg",
+        (("SegmentationClassContext", ".png", identity(60)),),
+        "ImageSets/SegmentationContext/val.txt",
+        "VOCdevkit/VOC2010",
+    ),
+    "coco_object": Benchmark(
+        COCO[:80],
+        0.65,
+        "images/val2017",
+        ".jpg",
+        (
+            ("annotations/val2017", "_instanceTrainIds.png", identity(81)),
+            ("annotations/val2017", ".png", COCO_OBJECT_TABLE),
+            ("stuffthingmaps/val2017", ".png", COCO_OBJECT_TABLE),
+        ),
+        usual_root="coco_stuff164k",
+    ),
+    "coco_stuff": Benchmark(
+        COCO,
+        None,
+        "images/val2017",
+        ".jpg",
+        (
+            ("annotations/val2017", "_labelTrainIds.png", identity(171)),
+            ("annotations/val2017", ".png", value_table({v: i for i, v in enumerate(COCO_RAW)})),
+            ("stuffthingmaps/val2017", ".png", value_table({v: i for i, v in enumerate(COCO_RAW)})),
+        ),
+        usual_root="coco_stuff164k",
+    ),
+    "ade20k": Benchmark(
+        ADE20K,
+        None,
+        "images/validation",
+        ".jpg",
+        (("annotations/validation", ".png", from_one(150)),),
+        usual_root="ade/ADEChallengeData2016",
+    ),
+    "cityscapes": Benchmark(
+        CITYSCAPES,
+        None,
+        "leftImg8bit/val",
+        "_leftImg8bit.png",
+        (
+            ("gtFine/val", "_gtFine_labelTrainIds.png", identity(19)),
+            ("gtFine/val", "_gtFine_labelIds.png", CITYSCAPES_TABLE),
+        ),
+        usual_root="cityscapes",
+    ),
+}
+# The same files without the background class: its pixels are not scored.
+for _name, _n in (("pascal_voc", 20), ("pascal_context", 59)):
+    _whole = BENCHMARKS[_name]
+    _labels = tuple((folder, suffix, from_one(_n)) for folder, suffix, _ in _whole.labels)
+    BENCHMARKS[f"{_name}{_n}"] = _whole._replace(background_threshold=None, labels=_labels)
+
+
+class SegmentationFolder:
+    """A benchmark on disk: Samples by number, in the order of its list or of the names. Raises InputError."""
+
+    def __init__(self, name, root):
+        self.benchmark, self.root = BENCHMARKS[name], Path(root)
+        b = self.benchmark
+        self.words, self.background_threshold, self.palette = b.words, b.background_threshold, voc_palette()
+        advice = f"--data-root should be the folder {b.usual_root} of {name}"
+        for path in (b.pictures, b.split):
+            if path and not (self.root / path).exists():
+                raise InputError(f"{self.root / path}: not there; {advice}")
+        if b.split:
+            self.names = read_lines(self.root / b.split)
+        else:
+            found = (self.root / b.pictures).rglob(f"*{b.suffix}")
+            self.names = sorted(str(p.relative_to(self.root / b.pictures)).removesuffix(b.suffix) for p in found)
+        candidates = [
+            self.root / folder / f"{self.names[0] if self.names else '*'}{suffix}" for folder, suffix, _ in b.labels
+        ]
+        there = [i for i, path in enumerate(candidates) if path.exists()]
+        if self.names and not there:
+            raise InputError(f"{' or '.join(map(str, candidates))}: not there; {advice}")
+        self.labels = b.labels[there[0] if there else 0]
 
     def __len__(self):
         return len(self.names)
 
     def __getitem__(self, index):
-        name = self.names[index]
-        picture = read_picture(self.root / "JPEGImages" / f"{name}.jpg")
-        label = read_label(self.root / "SegmentationClass" / f"{name}.png", picture, 1 + len(self.words))
-        return Sample(picture, label, name)
+        name, (folder, suffix, table) = self.names[index], self.labels
+        picture = read_picture(self.root / self.benchmark.pictures / f"{name}{self.benchmark.suffix}")
+        return Sample(picture, read_label(self.root / folder / f"{name}{suffix}", picture, table), name)
+
+
+class PictureFolder:
+    """Pictures of your own, with label maps (class numbers, counted from 0; 255: not scored) where there are some."""
+
+    def __init__(self, pictures, labels, words, background_threshold=None, paths=None):
+        self.root, self.labels = Path(pictures), labels and Path(labels)
+        for folder in (self.root, self.labels):
+            if folder and not folder.is_dir():
+                raise InputError(f"{folder}: no such folder")
+        self.words, self.background_threshold, self.palette = words, background_threshold, voc_palette()
+        self.table = identity(len(words) + (background_threshold is not None))
+        self.paths = paths or sorted(p for p in self.root.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+        self.names = [str(p.relative_to(self.root).with_suffix("")) for p in self.paths]
+        for one, other in zip(self.names, self.names[1:]):
+            if one == other:
+                raise InputError(f"{self.root / one}: two pictures of this name; their results would be one file")
+
+    def __len__(self):
+        return len(self.names)
+
+    def __getitem__(self, index):
+        picture = read_picture(self.paths[index])
+        path = self.labels and self.labels / f"{self.names[index]}.png"
+        return Sample(picture, read_label(path, picture, self.table) if path and path.exists() else None, self.names[index])
+
+
+def read_lines(path):
+    """The lines of a text file that are not empty, without the space around them. Raises InputError."""
+    try:
+        return [line.strip() for line in Path(path).read_text().splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not a list of names ({error})") from None

@@ -1,109 +1,307 @@
-"""Zero-shot segmentation with words: score a checkpoint on a labelled data set, and show what it sees.
+"""Zero-shot segmentation with words: score a checkpoint on a benchmark, label your own pictures, look at one of them.
 
-    python evaluate.py                  the model that `python train.py` made, on scenes it has never seen
-    python evaluate.py --dataset pascal_voc --data-root VOCdevkit/VOC2012 --checkpoint segclip.bin
+python evaluate.py                  the model that `python train.py` made, on scenes it has never seen
+python evaluate.py --dataset pascal_voc --data-root VOCdevkit/VOC2012 --checkpoint segclip.bin
+python evaluate.py --images photos --classes words.txt --checkpoint segclip.bin
+python evaluate.py --image photo.jpg --words "cat, grass, sky" --checkpoint segclip.bin
 """
 
 import argparse
 import colorsys
+import datetime
+import hashlib
 import json
+import os
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
+from torch.utils.data import DataLoader
 
-from clip_loader import InputError, load_segclip, load_tokenizer, make_folder, pick_device
-from data import PascalVOC, SyntheticScenes, normalise, resize_bilinear
+from clip_loader import InputError, git_revision, load_segclip, load_tokenizer, make_folder, start_processes
+from data import (
+    BENCHMARKS,
+    PictureFolder,
+    SegmentationFolder,
+    SyntheticScenes,
+    listed,
+    normalise,
+    read_lines,
+    resize_bilinear,
+)
 
-DATASETS = ("synthetic", "pascal_voc")
 DEFAULT_CHECKPOINT = "runs/synthetic/checkpoint.pt"
-TEMPLATE = "a photo of a {}."  # Section 2.5
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Words
+
+TEMPLATES = {
+    1: ["a photo of a {}"],  # Section 2.5
+    7: listed(  # these and the 80 are OpenAI's, for ImageNet
+        "itap of a {}, a bad photo of the {}, a origami {}, a photo of the large {}, a {} in a video game, art of the {}, "
+        "a photo of the small {}"
+    ),
+    80: listed(
+        "a bad photo of a {}, a photo of many {}, a sculpture of a {}, a photo of the hard to see {}, a low "
+        "resolution photo of the {}, a rendering of a {}, graffiti of a {}, a bad photo of the {}, a cropped "
+        "photo of the {}, a tattoo of a {}, the embroidered {}, a photo of a hard to see {}, a bright photo of a "
+        "{}, a photo of a clean {}, a photo of a dirty {}, a dark photo of the {}, a drawing of a {}, a photo of "
+        "my {}, the plastic {}, a photo of the cool {}, a close-up photo of a {}, a black and white photo of the "
+        "{}, a painting of the {}, a painting of a {}, a pixelated photo of the {}, a sculpture of the {}, a "
+        "bright photo of the {}, a cropped photo of a {}, a plastic {}, a photo of the dirty {}, a jpeg corrupted"
+        " photo of a {}, a blurry photo of the {}, a photo of the {}, a good photo of the {}, a rendering of the "
+        "{}, a {} in a video game, a photo of one {}, a doodle of a {}, a close-up photo of the {}, a photo of a "
+        "{}, the origami {}, the {} in a video game, a sketch of a {}, a doodle of the {}, a origami {}, a low "
+        "resolution photo of a {}, the toy {}, a rendition of the {}, a photo of the clean {}, a photo of a large"
+        " {}, a rendition of a {}, a photo of a nice {}, a photo of a weird {}, a blurry photo of a {}, a cartoon"
+        " {}, art of a {}, a sketch of the {}, a embroidered {}, a pixelated photo of a {}, itap of the {}, a "
+        "jpeg corrupted photo of the {}, a good photo of a {}, a plushie {}, a photo of the nice {}, a photo of "
+        "the small {}, a photo of the weird {}, the cartoon {}, art of the {}, a drawing of the {}, a photo of "
+        "the large {}, a black and white photo of a {}, the plushie {}, a dark photo of a {}, itap of a {}, "
+        "graffiti of the {}, a toy {}, itap of my {}, a photo of a cool {}, a photo of a small {}, a tattoo of "
+        "the {}"
+    ),
+}
+
+
+# What SCLIP's tables ask for in place of a class's name, and what it counts as background.
+PERSON = listed(
+    "person, person in shirt, person in jeans, person in dress, person in sweater, person in skirt, person in jacket"
+)
+SCREEN = listed("television monitor, tv monitor, monitor, television, screen")
+STUFF = listed(
+    "sky, wall, tree, wood, grass, road, sea, river, mountain, sands, desk, bed, building, cloud, lamp, door, "
+    "window, wardrobe, ceiling, shelf, curtain, stair, floor, hill, rail, fence"
+)
+VOC_SYNONYMS = {"boat": ["ship"], "person": PERSON, "plant": ["pottedplant"], "monitor": SCREEN}
+CONTEXT_SYNONYMS = {"airplane": ["aeroplane"], "plant": ["pottedplant"], "monitor": ["tvmonitor"]}
+SYNONYMS = {
+    "pascal_voc": VOC_SYNONYMS | {"background": STUFF},
+    "pascal_voc20": VOC_SYNONYMS,
+    "pascal_context": CONTEXT_SYNONYMS,
+    "pascal_context59": CONTEXT_SYNONYMS,
+    "coco_object": {"background": STUFF, "person": [*PERSON, "body"]},
+}
+
+
+@dataclass
+class Settings:
+    """How pictures become label maps. All of it stands in metrics.json, so that two results can be compared."""
+
+    protocol: str
+    classes: list  # of C lists of words; a class is where its best word is
+    templates: int
+    short_side: int  # in pixels, of the picture as the model sees it
+    window: int
+    stride: int
+    top_k: int | None  # segclip only
+    logit_scale: float | None  # None: the learned one
+    background_threshold: float | None
+    area_threshold: float | None  # dense only: classes with a smaller share of the foreground are left out
+
+
+def choose_settings(args, dataset, size):
+    """The named protocol for this data set and this model's input size, and the flags that change it. Raises InputError."""
+    name, words = args.dataset, [[word] for word in dataset.words]
+    if args.classes:
+        words = [listed(line) for line in read_lines(args.classes)]
+        if len(words) != len(dataset.words):
+            raise InputError(f"{args.classes}: has {len(words)} classes, {name} has {len(dataset.words)} besides background")
+    threshold = dataset.background_threshold
+    if args.background_threshold is not None:
+        if name in (*BENCHMARKS, "synthetic") and threshold is None:
+            raise InputError(f"--background-threshold: {name} has no background")
+        if not 0 <= args.background_threshold <= 1:
+            raise InputError(f"--background-threshold {args.background_threshold}: must be between 0 and 1")
+    if args.protocol == "segclip":
+        s = Settings("segclip", words, 1, size, size, size, 5, None, threshold, None)
+    else:  # the settings of SCLIP's tables, for a model of 224 pixels
+        background = [] if threshold is None else [["background"]]
+        if not args.classes:
+            unspaced = name in ("coco_stuff", "ade20k", "cityscapes")
+            words = [[word.replace(" ", "") if unspaced else word] for [word] in background + words]
+            words = [SYNONYMS.get(name, {}).get(word, [word]) for [word] in words]
+        else:
+            words = background + words
+        scale = {"pascal_voc": 65, "pascal_context": 50, "coco_object": 50}.get(name, 40)
+        short = {"coco_stuff": 448, "cityscapes": 560}.get(name, 336) * size // 224
+        area = 0.1 if name == "pascal_voc" else None
+        s = Settings("dense", words, 80, short, size, size // 2, None, scale, None if threshold is None else 0.1, area)
+    for field in ("templates", "short_side", "window", "stride", "top_k", "background_threshold"):
+        if getattr(args, field) is not None:
+            setattr(s, field, getattr(args, field))
+    return s
+
+
+@torch.no_grad()
+def class_features(model, tokenizer, settings):
+    """The unit vector of each of the Q words, a mean over the templates: -> [Q, E], and the class of each word [Q]."""
+    device, templates = model.clip.logit_scale.device, TEMPLATES[settings.templates]
+    features = []
+    for word in (word for words in settings.classes for word in words):
+        text = tokenizer([f"{template.format(word)}." for template in templates], model.config.context_length)
+        feature = model.encode_text(text.to(device))  # [templates, E]
+        if settings.protocol == "dense":  # SCLIP gives each template the same weight, GroupViT each as much as it is long
+            feature = F.normalize(feature, dim=-1)
+        features.append(F.normalize(feature.mean(dim=0), dim=-1))
+    owner = [c for c, words in enumerate(settings.classes) for _ in words]
+    return torch.stack(features), torch.tensor(owner, device=device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # From a picture to a label map. The steps are those of the authors' program (GroupViT's, on mmsegmentation 0.18).
 
 
-@torch.no_grad()
-def class_features(model, tokenizer, words):
-    """The unit vector of each word in the paper's prompt: list of C strings -> [C, E]."""
-    device = model.clip.logit_scale.device
-    text = tokenizer([TEMPLATE.format(word) for word in words], model.config.context_length)
-    return F.normalize(model.encode_text(text.to(device)), dim=-1)
-
-
-def resized(height, width, window):
-    """The size at which a picture is seen: short side `window`, long side at most 2048; never less than a window."""
-    factor = min(2048 / max(height, width), window / min(height, width))
+def resized(height, width, short_side, window):
+    """The size at which a picture is seen: long side at most 2048, and never less than a window."""
+    factor = min(2048 / max(height, width), short_side / min(height, width))
     return max(int(height * factor + 0.5), window), max(int(width * factor + 0.5), window)
 
 
-def window_starts(length, window):
-    """Windows side by side; the last one is moved back inside, over its neighbour."""
-    return [min(start, length - window) for start in range(0, length, window)]
+def window_starts(length, window, stride):
+    """One window every stride; the last one is moved back inside, over its neighbour."""
+    count = max(length - window + stride - 1, 0) // stride + 1
+    return [min(i * stride, length - window) for i in range(count)]
+
+
+def best_word(scores, owner, num_classes):
+    """Scores of words [..., Q] -> of classes [..., C]: the best of a class's words."""
+    if len(owner) == num_classes:
+        return scores
+    out = scores.new_full((*scores.shape[:-1], num_classes), -torch.inf)
+    return out.scatter_reduce(-1, owner.expand(scores.shape), scores, "amax")
 
 
 def region_scores(encoding, text, scale, top_k=5):
-    """How much each region is each word: regions [B, L, E], words [C, E] -> [B, L, C], between 0 and 1.
+    """How much each region is each word: regions [B, L, E], words [Q, E] -> [B, L, Q], between 0 and 1.
 
     A softmax over all words times a softmax over the top_k words of the image feature: GroupViT's rule, which the authors
     inherited. The paper has the cosines alone.
     """
-    logits = scale * F.normalize(encoding.regions, dim=-1) @ text.T  # [B, L, C]
-    image_logits = F.normalize(encoding.features, dim=-1) @ text.T  # [B, C]
+    logits = scale * F.normalize(encoding.regions.float(), dim=-1) @ text.T  # [B, L, Q]
+    image_logits = F.normalize(encoding.features.float(), dim=-1) @ text.T  # [B, Q]
     top = image_logits.topk(min(top_k, len(text)), dim=-1).indices
     others = torch.ones_like(image_logits, dtype=torch.bool).scatter(1, top, False)
     return logits.softmax(dim=-1) * logits.masked_fill(others[:, None], -torch.inf).softmax(dim=-1)
 
 
-def pixel_scores(encoding, text, scale, window, grid, background_threshold=None):
-    """-> scores [B, C, H, W] of the words for each pixel, and the region of each pixel [B, H, W].
-
-    With a threshold there is one more class, background, before the words: it scores 1 where no word of the pixel's
-    region reaches the threshold, or the best score in the window if that is less.
-    """
-    soft = encoding.soft.transpose(1, 2).unflatten(2, grid)  # [B, N, L] -> [B, L, H/P, W/P]
-    region = F.interpolate(soft, window, mode="bilinear", align_corners=False).argmax(dim=1)  # [B, H, W]
-    scores = region_scores(encoding, text, scale)  # [B, L, C]
-    if background_threshold is not None:
-        bar = scores.amax(dim=(1, 2)).clamp(max=background_threshold)  # [B]
-        background = (scores.amax(dim=2) < bar[:, None]).float()  # [B, L]
-        scores = torch.cat([background[..., None], scores], dim=2)  # [B, L, 1 + C]
-    index = region.flatten(1)[:, None].expand(-1, scores.shape[2], -1)  # [B, C, H*W]
-    return scores.transpose(1, 2).gather(2, index).unflatten(2, window), region
+def add_background(scores, threshold):
+    """[B, L, C] -> [B, L, 1 + C]: background scores 1 in regions where no class reaches the threshold, or the best score
+    of the window if that is less; else 0."""
+    bar = scores.amax(dim=(1, 2)).clamp(max=threshold)  # [B]
+    background = (scores.amax(dim=2) < bar[:, None]).float()  # [B, L]
+    return torch.cat([background[..., None], scores], dim=2)
 
 
-@torch.no_grad()
-def segment(model, picture, text, background_threshold=None):
-    """Label every pixel: picture uint8 [H, W, 3], word features [C, E] -> (label map [H, W], region map [h, w]).
+def pixel_regions(encoding, window, grid):
+    """The region of each pixel: -> [B, window, window]."""
+    soft = encoding.soft.float().transpose(1, 2).unflatten(2, grid)  # [B, N, L] -> [B, L, H/P, W/P]
+    return F.interpolate(soft, (window, window), mode="bilinear", align_corners=False).argmax(dim=1)
 
-    The region map has the size at which the model saw the picture; its numbers are center + L * window.
-    """
-    size, patch, device = model.config.image_size, model.config.patch_size, text.device
-    height, width = resized(*picture.shape[:2], size)
-    image = torch.tensor(resize_bilinear(picture, height, width), device=device).permute(2, 0, 1)
-    image = normalise(image)
-    starts = [(top, left) for top in window_starts(height, size) for left in window_starts(width, size)]
-    crops = torch.stack([image[:, top : top + size, left : left + size] for top, left in starts])
 
-    encoding = model.encode_image(crops)
-    scale = model.clip.logit_scale.exp().clamp(max=100)
-    scores, regions = pixel_scores(encoding, text, scale, (size, size), (size // patch, size // patch), background_threshold)
+def window_scores(encoding, text, owner, scale, settings):
+    """[B, L, channels]: class scores with background (segclip), or the cosine of each word (dense)."""
+    if settings.protocol == "dense":
+        return F.normalize(encoding.regions.float(), dim=-1) @ text.T
+    scores = best_word(region_scores(encoding, text, scale, settings.top_k), owner, len(settings.classes))
+    return scores if settings.background_threshold is None else add_background(scores, settings.background_threshold)
 
-    canvas, count = scores.new_zeros(scores.shape[1], height, width), scores.new_zeros(height, width)
-    region_map = regions.new_zeros(height, width)
-    for i, (top, left) in enumerate(starts):
-        here = (..., slice(top, top + size), slice(left, left + size))
-        canvas[here] += scores[i]
-        count[here] += 1
-        region_map[here] = regions[i] + i * model.config.num_centers
-    scores = F.interpolate((canvas / count)[None], picture.shape[:2], mode="bilinear", align_corners=False)
-    # The softmax changes no argmax but that of values that it rounds to the same: the authors' way with near ties.
-    return scores.softmax(dim=1)[0].argmax(dim=0).byte().cpu().numpy(), region_map.cpu().numpy()
+
+def dense_labels(cosines, owner, settings):
+    """Cosines [Q, H, W] of the words -> probabilities [C, H, W] and labels [H, W], as SCLIP does."""
+    scores = (settings.logit_scale * cosines).softmax(dim=0)
+    scores = best_word(scores.permute(1, 2, 0), owner, len(settings.classes)).permute(2, 0, 1)  # [C, H, W]
+    if settings.area_threshold is not None:
+        area = torch.bincount(scores.argmax(dim=0).flatten(), minlength=len(scores))[1:]
+        scores[1:] *= (area > settings.area_threshold * area.sum())[:, None, None]
+    best, label = scores.max(dim=0)
+    if settings.background_threshold is not None:
+        label[best < settings.background_threshold] = 0
+    return scores, label
+
+
+class Segmenter:
+    """A model, words (features [Q, E] and classes [Q]) and settings, ready to label pictures."""
+
+    def __init__(self, model, text, owner, settings, batch_size=16, bf16=False):
+        self.model, self.text, self.owner, self.settings = model, text, owner, settings
+        self.batch_size, self.bf16 = batch_size, bf16
+        self.scale = model.clip.logit_scale.exp().clamp(max=100)
+
+    def encode(self, crops):
+        """[n, 3, window, window] -> ImageEncoding of all, batch by batch."""
+        with torch.autocast(crops.device.type, torch.bfloat16, enabled=self.bf16):
+            parts = [self.model.encode_image(batch) for batch in crops.split(self.batch_size)]
+        return type(parts[0])(*(torch.cat(fields) for fields in zip(*parts)))
+
+    @torch.inference_mode()
+    def __call__(self, pictures):
+        """(sample, picture as seen uint8 [h, w, 3]) ... -> (sample, labels uint8 [H, W], regions [h, w], scores [C, H, W]) ...
+
+        Windows of several pictures share a batch. A region's number is its center + L * its window.
+        """
+        waiting, crops, s = [], [], self.settings
+        for sample, seen in pictures:
+            image = normalise(torch.as_tensor(seen, device=self.text.device).permute(2, 0, 1))  # [3, h, w]
+            size = image.shape[1:]
+            starts = [
+                (y, x) for y in window_starts(size[0], s.window, s.stride) for x in window_starts(size[1], s.window, s.stride)
+            ]
+            crops += [image[:, y : y + s.window, x : x + s.window] for y, x in starts]
+            waiting.append((sample, size, starts))
+            if len(crops) >= self.batch_size:
+                yield from self.finish(waiting, crops)
+                waiting, crops = [], []
+        if waiting:
+            yield from self.finish(waiting, crops)
+
+    def finish(self, waiting, crops):
+        window, patch = self.settings.window, self.model.config.patch_size
+        encoding = self.encode(torch.stack(crops))
+        regions = pixel_regions(encoding, window, (window // patch, window // patch))  # [n, window, window]
+        scores = window_scores(encoding, self.text, self.owner, self.scale, self.settings)  # [n, L, channels]
+        first = 0
+        for sample, size, starts in waiting:
+            canvas, count = scores.new_zeros(scores.shape[2], *size), scores.new_zeros(size)
+            region_map = regions.new_zeros(size)
+            for i, (y, x) in enumerate(starts):
+                here = (..., slice(y, y + window), slice(x, x + window))
+                canvas[here] += scores[first + i][regions[first + i]].permute(2, 0, 1)  # [window, window, channels] -> ...
+                count[here] += 1
+                region_map[here] = regions[first + i] + i * self.model.config.num_centers
+            first += len(starts)
+            full = F.interpolate((canvas / count)[None], sample.picture.shape[:2], mode="bilinear", align_corners=False)[0]
+            if self.settings.protocol == "dense":
+                full, label = dense_labels(full, self.owner, self.settings)
+            else:
+                # The softmax changes no argmax but that of values that it rounds to the same: the authors' way with near ties.
+                label = full.softmax(dim=0).argmax(dim=0)
+            yield sample, label.byte().cpu().numpy(), region_map.cpu().numpy(), full
+
+
+class Seen(torch.utils.data.Dataset):
+    """What the worker processes do: (sample, the picture at the size at which the model sees it), or an InputError."""
+
+    def __init__(self, dataset, settings):
+        self.dataset, self.settings = dataset, settings
+
+    def __getitem__(self, index):
+        try:
+            sample = self.dataset[index]
+        except InputError as error:  # raised here, it would reach the user with a trace of the worker around it
+            return error
+        height, width = resized(*sample.picture.shape[:2], self.settings.short_side, self.settings.window)
+        return sample, resize_bilinear(sample.picture, height, width)
+
+
+def unchanged(item):
+    return item
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -114,35 +312,30 @@ class Score:
     """Pixel counts over a whole data set: per class, predicted right, predicted, and labelled (mmsegmentation's rule)."""
 
     def __init__(self, num_classes):
-        self.intersection, self.predicted, self.labelled = np.zeros((3, num_classes), np.int64)
+        self.counts = np.zeros((3, num_classes), np.int64)
 
     def add(self, prediction, label):
         """One picture: uint8 arrays of the same shape. Where the label is 255, nothing counts."""
         scored = label != 255
         prediction, label = prediction[scored], label[scored]
-        for counts, values in (
-            (self.intersection, prediction[prediction == label]),
-            (self.predicted, prediction),
-            (self.labelled, label[label < len(self.labelled)]),
-        ):
-            counts += np.bincount(values, minlength=len(counts))
+        n = self.counts.shape[1]
+        for counts, values in zip(self.counts, (prediction[prediction == label], prediction, label[label < n])):
+            counts += np.bincount(values, minlength=n)
 
     def iou(self):
         """[C] of fractions; NaN for a class that is neither predicted nor labelled."""
-        union = self.predicted + self.labelled - self.intersection
-        return np.divide(self.intersection, union, out=np.full(len(union), np.nan), where=union > 0)
+        intersection, predicted, labelled = self.counts
+        union = predicted + labelled - intersection
+        return np.divide(intersection, union, out=np.full(len(union), np.nan), where=union > 0)
 
     def accuracy(self):
         """[C] of fractions; NaN for a class that is not labelled."""
-        out = np.full(len(self.labelled), np.nan)
-        return np.divide(self.intersection, self.labelled, out=out, where=self.labelled > 0)
+        intersection, _, labelled = self.counts
+        return np.divide(intersection, labelled, out=np.full(len(labelled), np.nan), where=labelled > 0)
 
     def summary(self):
-        return {
-            "mIoU": mean(self.iou()),
-            "mAcc": mean(self.accuracy()),
-            "aAcc": float(self.intersection.sum() / max(self.labelled.sum(), 1)),
-        }
+        intersection, _, labelled = self.counts.sum(axis=1)
+        return {"mIoU": mean(self.iou()), "mAcc": mean(self.accuracy()), "aAcc": float(intersection / max(labelled, 1))}
 
 
 def mean(values):
@@ -154,37 +347,109 @@ def mean(values):
 # Pictures of the result
 
 
-def word_palette(n):
+def wheel(n):
     """n colours that are easy to tell apart: hues a golden ratio of the circle from each other. -> uint8 [n, 3]"""
     colours = [colorsys.hsv_to_rgb(i * 0.618 % 1, (0.85, 0.55)[i % 2], (0.95, 0.75, 0.55)[i % 3]) for i in range(n)]
     return (np.array(colours) * 255).astype(np.uint8)
 
 
+# Easy to tell apart, on light and on dark; grey is kept for the background.
+DISTINCT = (
+    "e6194b 3cb44b ffe119 4363d8 f58231 911eb4 42d4f4 f032e6 bfef45 fabed4 469990 dcbeff 9a6324 800000 aaffc3 808000 ffd8b1 000075"
+).split()
+
+
+def word_colours(words):
+    """A colour for each word, the same in every picture: its hash picks one, or the next that is free. -> uint8 [n, 3]"""
+    colours = [tuple(bytes.fromhex(c)) for c in DISTINCT] + wheel(len(words)).tolist()
+    free, chosen = list(range(len(colours))), []
+    for word in words:
+        if word == "background":
+            chosen.append((110, 110, 110))
+            continue
+        start = int(hashlib.md5(word.lower().encode()).hexdigest(), 16) % len(DISTINCT)
+        place = next((i for i in free if i >= start), free[0])
+        free.remove(place)
+        chosen.append(colours[place])
+    return np.array(chosen, np.uint8)
+
+
+def legend(draw, box, entries, font):
+    """Swatches with their words, left to right and row by row, below (left, top) of `box` = (left, top, right) -> bottom."""
+    left, top, right = box
+    side = font.size
+    x, y = left, top
+    for colour, word in entries:
+        width = 1.4 * side + draw.textlength(word, font) + side
+        if x > left and x + width > right:
+            x, y = left, y + 1.5 * side
+        draw.rectangle((x, y, x + side, y + side), tuple(int(v) for v in colour), "black")
+        draw.text((x + 1.4 * side, y + side / 2), word, "black", font, anchor="lm")
+        x += width
+    return int(y + 2 * side)
+
+
+def with_legend(image, entries):
+    """The picture, and under it on white, so that nothing of it is covered, what its colours mean."""
+    font = ImageFont.load_default(max(12, image.width // 50))
+    blank = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    widest = max(2.4 * font.size + blank.textlength(word, font) for _, word in entries)
+    width = max(image.width, int(widest) + font.size)
+    box = (font.size // 2, image.height + font.size // 2, width)
+    sheet = Image.new("RGB", (width, legend(blank, box, entries, font)), "white")
+    sheet.paste(image)
+    legend(ImageDraw.Draw(sheet), box, entries, font)
+    return sheet
+
+
+def overlay(picture, label, palette):
+    """The colours of the labels over the greys of the picture, with a light line between two labels."""
+    grey = np.asarray(Image.fromarray(picture).convert("L"))[..., None]
+    mixed = 0.5 * grey + 0.5 * palette[label]
+    edge = np.zeros(label.shape, bool)
+    edge[:, 1:] |= label[:, 1:] != label[:, :-1]
+    edge[1:] |= label[1:] != label[:-1]
+    mixed[edge] = 255
+    return Image.fromarray(mixed.astype(np.uint8))
+
+
+def heat(picture, scores):
+    """Scores [H, W] of one word over the picture: from the lowest, its dark grey, through red to the highest, yellow."""
+    scores = (scores - scores.min()) / max(np.ptp(scores), 1e-9)
+    grey = 0.4 * np.asarray(Image.fromarray(picture).convert("L"))
+    red, green = (2 * scores).clip(max=1), (2 * scores - 1).clip(min=0)
+    return Image.fromarray(
+        np.stack([grey + (255 - grey) * red, grey + (230 - grey) * green, grey * (1 - scores)], -1).astype(np.uint8)
+    )
+
+
 def draw_examples(examples, words, palette, path, side=160):
-    """One row per example, (picture, truth, regions, prediction): picture | truth | regions | result, and a legend."""
-    font, margin, head = ImageFont.load_default(13), 8, 24
+    """One row per example, (picture, truth or None, regions, prediction): picture | truth | regions | result."""
+    margin, head = 8, 24
     titles = ("picture", "truth", "regions", "result")
-    used = sorted({c for _, truth, _, prediction in examples for c in np.union1d(truth, prediction) if c < len(words)})
-    columns = 4
-    legend = 20 * -(-len(used) // columns) + margin
-    width, top = margin + len(titles) * (side + margin), head + len(examples) * (side + margin)
-    sheet = Image.new("RGB", (width, top + legend), "white")
-    draw = ImageDraw.Draw(sheet)
-    region_colours = word_palette(64)
+    sheet = Image.new("RGB", (margin + 4 * (side + margin), head + len(examples) * (side + margin)), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
+    used, region_colours = set(), wheel(64)
     for column, title in enumerate(titles):
         draw.text((margin + column * (side + margin), 5), title, "black", font)
     for row, (picture, truth, regions, prediction) in enumerate(examples):
-        overlays = (palette[truth], region_colours[regions % 64], palette[prediction])
-        for column, image in enumerate((picture, *overlays)):
-            image = Image.fromarray(image)
-            scale = side / max(image.size)
-            image = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))), Image.NEAREST)
-            sheet.paste(image, (margin + column * (side + margin), head + row * (side + margin)))
-    for i, c in enumerate(used):
-        x, y = margin + i % columns * ((width - margin) // columns), top + i // columns * 20
-        draw.rectangle((x, y + 2, x + 13, y + 15), tuple(int(v) for v in palette[c]), "black")
-        draw.text((x + 20, y + 1), words[c], "black", font)
-    sheet.save(path)
+        used |= set(prediction.flat) | (set() if truth is None else set(truth.flat))
+        for column, image in enumerate((picture, truth, region_colours[regions % 64], prediction)):
+            if image is not None:
+                image = Image.fromarray(palette[image] if column % 2 else image)
+                scale = side / max(image.size)
+                image = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))), Image.NEAREST)
+                sheet.paste(image, (margin + column * (side + margin), head + row * (side + margin)))
+    with_legend(sheet, [(palette[c], words[c]) for c in sorted(used - {255})]).save(path)
+
+
+def save_labels(path, label, palette):
+    """A palette PNG; never half of one."""
+    make_folder(path.parent)
+    image = Image.fromarray(label)
+    image.putpalette(palette.ravel().tolist())
+    image.save(path.with_suffix(".part"), "PNG")
+    os.replace(path.with_suffix(".part"), path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -193,59 +458,98 @@ def draw_examples(examples, words, palette, path, side=160):
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] + " [x] is the default.")
-    parser.add_argument("--dataset", default="synthetic", help=f"what to score on: {' or '.join(DATASETS)} [%(default)s]")
-    parser.add_argument("--data-root", help="folder of the data set (for pascal_voc: VOCdevkit/VOC2012)")
-    parser.add_argument(
+    what = parser.add_argument_group("what to label")
+    what.add_argument("--dataset", default="synthetic", help=f"synthetic, {', '.join(sorted(BENCHMARKS))} [%(default)s]")
+    what.add_argument("--data-root", help="folder of the data set, for example VOCdevkit/VOC2012")
+    what.add_argument("--images", help="a folder of your own pictures, instead of a data set")
+    what.add_argument(
+        "--labels-dir", help="its label maps, NAME.png: class numbers from 0 in one byte a pixel, 255: not scored"
+    )
+    what.add_argument("--image", help="one picture; writes an overlay, the labels and the regions")
+    what.add_argument("--words", help='for --image and --images: "cat, grass, sky"')
+    what.add_argument("--classes", help="text file: a class in each line, synonyms separated by commas; for all of the above")
+    what.add_argument("--limit", type=int, help="only the first LIMIT pictures [all]")
+    what.add_argument("--seed", type=int, default=0, help="of the synthetic scenes [%(default)s]")
+    model = parser.add_argument_group("the model")
+    model.add_argument(
         "--checkpoint", default=DEFAULT_CHECKPOINT, help="one of train.py's, or the authors' segclip.bin [%(default)s]"
     )
-    parser.add_argument(
-        "--background-threshold",
-        type=float,
-        help="where no word's score reaches it, there is background; between 0 and 1 [the paper's for this data set]",
+    model.add_argument("--vocabulary", help="OpenAI's BPE vocabulary, if it is not in the cache and cannot be fetched")
+    model.add_argument("--device", help="cpu, cuda, cuda:1, ... [a GPU if there is one]")
+    model.add_argument(
+        "--precision", choices=("bf16", "fp32"), default="fp32", help="bf16 is faster where supported [%(default)s]"
     )
-    parser.add_argument("--limit", type=int, help="score the first LIMIT pictures [all]")
-    parser.add_argument("--output", help="folder for metrics.json, predictions, examples.png [scenes: the checkpoint's; else: runs/DATASET]")
-    parser.add_argument("--vocabulary", help="OpenAI's BPE vocabulary, if it is not in the cache and cannot be fetched")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... [a GPU if there is one]")
-    parser.add_argument("--seed", type=int, default=0, help="of the synthetic scenes [%(default)s]")
+    model.add_argument("--batch-size", type=int, default=16, help="windows that are encoded together [%(default)s]")
+    model.add_argument("--workers", type=int, default=2, help="processes that read pictures; 0: none but this [%(default)s]")
+    how = parser.add_argument_group("the protocol")
+    how.add_argument(
+        "--protocol",
+        choices=("segclip", "dense"),
+        default="segclip",
+        help="segclip: the paper's tables; dense: SCLIP's and ProxyCLIP's, with 80 templates and background words [%(default)s]",
+    )
+    how.add_argument("--templates", type=int, choices=TEMPLATES, help="the paper's one, or OpenAI's 7 or 80 [the protocol's]")
+    how.add_argument("--short-side", type=int, help="pixels of a picture's short side, as the model sees it [the protocol's]")
+    how.add_argument("--window", type=int, help="pixels of a window's side [the model's input size]")
+    how.add_argument("--stride", type=int, help="pixels from one window to the next [the protocol's]")
+    how.add_argument("--top-k", type=int, help="words of a window's image that its regions can be [segclip: 5]")
+    how.add_argument(
+        "--background",
+        "--background-threshold",
+        dest="background_threshold",
+        type=float,
+        nargs="?",
+        const=0.75,
+        metavar="T",
+        help="pixels can be none of the words: where none reaches T, between 0 and 1 [benchmarks: the protocol's; T: 0.75]",
+    )
+    result = parser.add_argument_group("the result")
+    result.add_argument("--output", help="folder [scenes: the checkpoint's; else runs/DATASET, runs/images or runs/image]")
+    result.add_argument("--heat", action="store_true", help="with --image: a heat map for each word, too")
     return parser.parse_args(argv)
 
 
-def open_dataset(name, root, seed, size):
-    """The data set of that name: words, palette, background_threshold, len, and Samples by number. Raises InputError."""
-    if name == "synthetic":
-        return SyntheticScenes(size, seed, "val")
-    if name not in DATASETS:
-        raise InputError(f"--dataset {name}: unknown; there are {', '.join(DATASETS)}")
-    if root is None:
-        raise InputError(f"--dataset {name} needs --data-root, the folder that holds it")
-    return PascalVOC(root)
+def open_dataset(args, size):
+    """What the flags name: words, palette, background_threshold, names, len, and Samples by number. Raises InputError."""
+    if args.image or args.images:
+        if args.words:
+            words = listed(args.words)
+        elif args.classes:
+            words = [listed(line)[0] for line in read_lines(args.classes)]
+        else:
+            raise InputError('--image and --images need words: --words "cat, grass, sky" or --classes FILE')
+        if args.image:
+            return PictureFolder(Path(args.image).parent, None, words, args.background_threshold, [Path(args.image)])
+        return PictureFolder(args.images, args.labels_dir, words, args.background_threshold)
+    if args.data_root and args.dataset == "synthetic":
+        raise InputError("--data-root needs --dataset; to label pictures of your own, --images")
+    if args.dataset == "synthetic":
+        return SyntheticScenes(size, args.seed, "val")
+    if args.dataset not in BENCHMARKS:
+        raise InputError(f"--dataset {args.dataset}: unknown; there are synthetic, {', '.join(sorted(BENCHMARKS))}")
+    if args.data_root is None:
+        raise InputError(f"--dataset {args.dataset} needs --data-root, the folder that holds it")
+    return SegmentationFolder(args.dataset, args.data_root)
 
 
-def evaluate(model, tokenizer, dataset, count, background_threshold=None, on_result=None):
-    """Segment the first `count` samples -> Score. on_result(i, sample, prediction, regions) sees each one."""
-    text = class_features(model, tokenizer, dataset.words)
-    score = Score(len(dataset.words) + (background_threshold is not None))
-    for i in range(count):
-        sample = dataset[i]
-        prediction, regions = segment(model, sample.picture, text, background_threshold)
-        score.add(prediction, sample.label)
-        if on_result:
-            on_result(i, sample, prediction, regions)
-    return score
-
-
-def save_prediction(path, prediction, palette):
-    image = Image.fromarray(prediction)
-    image.putpalette(palette.ravel().tolist())
-    image.save(path)
+def check(args, settings, patch):
+    """Raises InputError for flags that make no sense."""
+    for name in ("short_side", "window", "stride", "batch_size", "limit", "top_k"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise InputError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+    if not 0 <= args.seed < 2**32 or args.workers < 0:
+        raise InputError(f"--seed {args.seed} or --workers {args.workers}: out of range")
+    if settings.window % patch or settings.stride > settings.window:
+        raise InputError(
+            f"--window {settings.window} must be a multiple of {patch}, the model's patch size, and --stride {settings.stride} "
+            "not more than it"
+        )
 
 
 def main(argv=None):
     args = parse_args(argv)
-    device = pick_device(args.device)
-    if args.seed < 0:
-        raise InputError(f"--seed {args.seed}: must not be negative")
+    rank, world, device = start_processes(args.device)
     if args.checkpoint == DEFAULT_CHECKPOINT and not Path(DEFAULT_CHECKPOINT).exists():
         raise InputError(f"{DEFAULT_CHECKPOINT}: not there yet; make it with `python train.py`, or give --checkpoint FILE")
     model = load_segclip(args.checkpoint, from_clip=False).to(device).eval()
@@ -254,50 +558,117 @@ def main(argv=None):
         raise InputError(
             f"{args.checkpoint}: made for {model.config.vocab_size} tokens, but the vocabulary has {tokenizer.vocab_size}"
         )
-    dataset = open_dataset(args.dataset, args.data_root, args.seed, model.config.image_size)
-    threshold = dataset.background_threshold
-    if args.background_threshold is not None:
-        if threshold is None:
-            raise InputError(f"--background-threshold: {args.dataset} has no background")
-        if not 0 <= args.background_threshold <= 1:
-            raise InputError(f"--background-threshold {args.background_threshold}: must be between 0 and 1")
-        threshold = args.background_threshold
-    words = dataset.words if threshold is None else ["background", *dataset.words]
+    dataset = open_dataset(args, model.config.image_size)
+    settings = choose_settings(args, dataset, model.config.image_size)
+    check(args, settings, model.config.patch_size)
     count = len(dataset) if args.limit is None else min(len(dataset), args.limit)
     if count < 1:
-        raise InputError(f"--dataset {args.dataset}: no picture to score")
+        raise InputError(f"{args.images or args.dataset}: no picture to label")
+    has_background = settings.background_threshold is not None
+    words = ["background", *dataset.words] if has_background else dataset.words
     # Scores on scenes belong to one run of training; each has a folder already.
-    output = Path(args.output or (Path(args.checkpoint).parent if args.dataset == "synthetic" else f"runs/{args.dataset}"))
-    make_folder(output / "predictions")
-    examples, start, last_line = [], time.time(), 0.0
+    kind = "image" if args.image else "images" if args.images else args.dataset
+    output = Path(args.output or (Path(args.checkpoint).parent if kind == "synthetic" else f"runs/{kind}"))
+    make_folder(output)
 
-    def on_result(i, sample, prediction, regions):
-        nonlocal last_line
-        save_prediction(output / "predictions" / f"{sample.name}.png", prediction, dataset.palette)
-        if len(examples) < 6:
-            examples.append((sample.picture, sample.label, regions, prediction))
-        if time.time() - last_line > 5:
-            last_line, seconds = time.time(), time.time() - start
-            rate = (i + 1) / seconds
-            print(f"picture {i + 1}/{count}  {rate:.1f} pictures/s  ETA {(count - i - 1) / rate:.0f} s", file=sys.stderr)
-
-    score = evaluate(model, tokenizer, dataset, count, threshold, on_result)
-    iou = score.iou()
-    metrics = score.summary() | {
-        "IoU": {word: None if np.isnan(value) else float(value) for word, value in zip(words, iou)},
-        "pictures": count,
-        "background_threshold": threshold,
+    # What was done before with the very same settings is not done again.
+    record = {
+        "dataset": kind,
+        "seed": args.seed if kind == "synthetic" else None,
         "checkpoint": str(args.checkpoint),
-        "dataset": args.dataset,
-        "seed": args.seed,
+        "checkpoint_sha256": hashlib.sha256(Path(args.checkpoint).read_bytes()).hexdigest(),
+        "git": git_revision(),
+        "precision": args.precision,
+        **vars(settings),
     }
-    (output / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
+    path, label_path = output / "settings.json", lambda i: output / "predictions" / f"{dataset.names[i]}.png"
+    same = path.exists() and path.read_text() == json.dumps(record, indent=1)
+    if world > 1:
+        dist.barrier()  # before rank 0 writes what the others still compare with
+    if rank == 0:
+        path.write_text(json.dumps(record, indent=1))
+    mine = range(rank, count, world)
+    shown = set(mine[:6])
+    done = [i for i in mine if same and i not in shown and label_path(i).exists()]
+    todo = [i for i in mine if i not in set(done)]
+    if done:
+        print(f"{len(done)} pictures of an earlier run with the same settings are reused", file=sys.stderr)
+
+    text, owner = class_features(model, tokenizer, settings)
+    segmenter = Segmenter(model, text, owner, settings, args.batch_size, args.precision == "bf16")
+    loader = DataLoader(
+        Seen(dataset, settings), sampler=todo, batch_size=None, num_workers=args.workers, collate_fn=unchanged
+    )
+    score, labelled, examples, start, last_line = Score(len(words)), 0, [], time.time(), time.time()
+    for i in done:
+        label = dataset[i].label
+        if label is not None:
+            labelled += 1
+            score.add(np.asarray(Image.open(label_path(i))), label)
+    for n, (i, (sample, prediction, regions, scores)) in enumerate(zip(todo, segmenter(raised(loader))), 1):
+        if args.image:
+            return show_picture(sample, prediction, regions, scores, words, output, args.heat)
+        save_labels(label_path(i), prediction, dataset.palette)
+        if sample.label is not None:
+            labelled += 1
+            score.add(prediction, sample.label)
+        if i in shown:
+            examples.append((sample.picture, sample.label, regions, prediction))
+        if rank == 0 and time.time() - last_line > 5:
+            last_line = time.time()
+            rate = n / (last_line - start)
+            eta = datetime.timedelta(seconds=round((len(todo) - n) / rate))
+            print(f"picture {n * world}/{len(todo) * world}  {rate * world:.1f} pictures/s  ETA {eta}", file=sys.stderr)
+
+    totals = torch.tensor([labelled, *score.counts.ravel()], device=device)
+    if world > 1:
+        dist.all_reduce(totals)
+        dist.destroy_process_group()
+    if rank:
+        return
+    labelled, score.counts = totals[0].item(), totals[1:].cpu().numpy().reshape(score.counts.shape)
     draw_examples(examples, words, dataset.palette, output / "examples.png")
-    for word, value in zip(words, iou):
-        print(f"{word:>16}  IoU {100 * value:5.1f} %")
-    print(f"mIoU {100 * metrics['mIoU']:.2f} %  mAcc {100 * metrics['mAcc']:.2f} %  aAcc {100 * metrics['aAcc']:.2f} %", end="")
-    print(f"  over {count} pictures")
-    print(f"wrote {output}/metrics.json, {output}/examples.png and {output}/predictions/")
+    written = f"{output}/predictions/, {output}/examples.png"
+    if labelled:
+        iou = score.iou()
+        per_class = {word: None if np.isnan(value) else float(value) for word, value in zip(words, iou)}
+        metrics = score.summary() | {"IoU": per_class, "pictures": labelled, **record}
+        (output / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
+        for word, value in zip(words, iou):
+            print(f"{word:>20}  IoU " + ("     -" if np.isnan(value) else f"{100 * value:5.1f} %"))
+        summary = "  ".join(f"{name} {100 * metrics[name]:.2f} %" for name in ("mIoU", "mAcc", "aAcc"))
+        threshold = f"  background threshold {settings.background_threshold}" if has_background else ""
+        print(f"{summary}  over {labelled} pictures  protocol {settings.protocol}{threshold}")
+        written += f", {output}/metrics.json"
+    print(f"wrote {written}")
+
+
+def raised(loader):
+    """The items of a loader; an InputError among them is raised."""
+    for item in loader:
+        if isinstance(item, InputError):
+            raise item
+        yield item
+
+
+def show_picture(sample, label, regions, scores, words, output, with_heat):
+    """Write what the model sees in one picture, and print how much of it each word is."""
+    palette = word_colours(words)
+    share = np.bincount(label.ravel(), minlength=len(words)) / label.size
+    order = [c for c in np.argsort(-share) if share[c] > 0]
+    for c in order:
+        print(f"{words[c]:>20}  {100 * share[c]:5.1f} %")
+    entries = [(palette[c], f"{words[c]} {100 * share[c]:.0f} %") for c in order]
+    files = {
+        "overlay": with_legend(overlay(sample.picture, label, palette), entries),
+        "regions": Image.fromarray(wheel(64)[regions % 64]).resize(label.shape[::-1], Image.NEAREST),
+    }
+    if with_heat:
+        files |= {f"heat_{word.replace('/', '_')}": heat(sample.picture, s.cpu().numpy()) for word, s in zip(words, scores)}
+    save_labels(output / f"{sample.name}_labels.png", label, palette)
+    for name, image in files.items():
+        image.save(output / f"{sample.name}_{name}.png")
+    print(f"wrote {', '.join(f'{output}/{sample.name}_{name}.png' for name in ('labels', *files))}")
 
 
 if __name__ == "__main__":
@@ -305,3 +676,5 @@ if __name__ == "__main__":
         main()
     except InputError as error:
         sys.exit(f"evaluate.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("evaluate.py: stopped; the same command goes on from here")

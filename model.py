@@ -4,7 +4,8 @@ Read from the top: Attention and Block are what everything is made of; VisionTra
 (Radford et al., 2021) with OpenAI's parameter names; SemanticGroup is the idea of SegCLIP (Luo et al., ICML 2023), and
 SegCLIP plugs it between two blocks of CLIP's image encoder. Equation numbers are those of the SegCLIP paper.
 
-Symbols, as in the paper: B batch, N patches, L centers, D width, E embedding, P patch size, T text tokens.
+Symbols, as in the paper: B batch, N patches, L centers, D width, E embedding, P patch size, T text tokens, V visible
+patches; H_p patch tokens before the group module, H_c centers, M the mapping matrix, Z_p region tokens after the last block.
 """
 
 import math
@@ -20,27 +21,27 @@ from torch import nn
 class Config:
     """Every size of the architecture; saved in each checkpoint. The defaults are the paper's (ViT-B/16)."""
 
-    image_size: int = 224
-    patch_size: int = 16
+    image_size: int = 224  # side of the square that the encoder is trained on, in pixels
+    patch_size: int = 16  # P: side of a patch, in pixels
     vision_width: int = 768  # D; the number of heads is D / 64, as in all of OpenAI's models
-    vision_layers: int = 12
-    embed_dim: int = 512  # E
-    context_length: int = 77
-    vocab_size: int = 49408
+    vision_layers: int = 12  # blocks of the image encoder, before and after the semantic group module
+    embed_dim: int = 512  # E: where pictures and texts meet
+    context_length: int = 77  # T: tokens of a text, with start and end
+    vocab_size: int = 49408  # the tokenizer's
     text_width: int = 512
     text_layers: int = 12
     # What SegCLIP adds (Section 3.2):
     first_stage_layers: int = 10  # blocks before the semantic group module
-    num_centers: int = 8  # L
-    cross_layers: int = 2
-    gumbel_tau: float = 0.9
-    mask_ratio: float = 0.75
-    decoder_layers: int = 3
+    num_centers: int = 8  # L: at most so many regions in a picture
+    cross_layers: int = 2  # times that the centers look at the patches before the assignment (Eq. 1)
+    gumbel_tau: float = 0.9  # temperature of the assignment in training (Eq. 2): the higher, the softer its gradient
+    mask_ratio: float = 0.75  # share of the patches that the reconstruction hides
+    decoder_layers: int = 3  # blocks of the MAE decoder
 
     def __post_init__(self):
         for name, value in vars(self).items():
-            if value <= 0 and name not in ("first_stage_layers", "cross_layers", "decoder_layers"):
-                raise ValueError(f"{name} is {value}; it must be more than 0")
+            if value < 0 or value == 0 and name not in ("first_stage_layers", "cross_layers", "decoder_layers"):
+                raise ValueError(f"{name} is {value}, which is too small")
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
         if self.vision_width % 64 or self.text_width % 64:
@@ -249,6 +250,8 @@ def draw_gumbel(*shape, generator=None, device=None):
 
 def assign_patches(scores, tau, gumbel_noise=None):
     """Give every patch to one center (Eq. 2): scores [B, N, L] -> mapping matrix M [B, N, L] with one-hot rows.
+
+        M = onehot(argmax over centers of softmax((scores + noise) / tau)),   scores = keys @ centers^T
 
     Without noise, as at inference, M is the argmax. With it (training; zeros are noise switched off) M is the one-hot of
     the Gumbel-softmax (Jang et al., 2017), and its gradient is that of the soft assignment (straight-through).

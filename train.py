@@ -1,7 +1,7 @@
 """Train SegCLIP on image-text pairs: contrastive, reconstruction and superpixel losses.
 
-    python train.py                          a small model from scratch on synthetic scenes, minutes on two CPU cores
-    torchrun --nproc_per_node=2 train.py     the same run, each batch split over two processes
+python train.py                          a small model from scratch on synthetic scenes, minutes on two CPU cores
+torchrun --nproc_per_node=2 train.py     the same run, each batch split over two processes
 """
 
 import argparse
@@ -10,7 +10,6 @@ import datetime
 import json
 import math
 import os
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -21,7 +20,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from clip_loader import InputError, Tokenizer, load_strictly, make_folder, pick_device, read_weights, save_checkpoint
+from clip_loader import (
+    InputError,
+    Tokenizer,
+    git_revision,
+    load_strictly,
+    make_folder,
+    read_weights,
+    save_checkpoint,
+    start_processes,
+)
 from data import SyntheticScenes, TrainingPairs, normalise
 from losses import total_loss
 from model import Config, SegCLIP
@@ -51,7 +59,9 @@ def parse_args(argv=None):
     run = parser.add_argument_group("the run")
     run.add_argument("--output", default="runs/synthetic", help="folder for checkpoint.pt and log.jsonl [%(default)s]")
     run.add_argument("--resume", action="store_true", help="go on from OUTPUT/checkpoint.pt, with the same flags")
-    run.add_argument("--save-every", type=int, default=200, help="steps between checkpoints; 0: only one at the end [%(default)s]")
+    run.add_argument(
+        "--save-every", type=int, default=200, help="steps between checkpoints; 0: only one at the end [%(default)s]"
+    )
     run.add_argument("--device", help="cpu, cuda, cuda:1, ... [a GPU if there is one]")
     run.add_argument(
         "--precision", choices=("bf16", "fp32"), default="bf16", help="fp32 if bf16 is slow on your hardware [%(default)s]"
@@ -71,15 +81,18 @@ def parse_args(argv=None):
     for field in dataclasses.fields(Config):
         if field.name != "vocab_size":  # the tokenizer's
             default = getattr(SMALL, field.name)
-            sizes.add_argument("--" + field.name.replace("_", "-"), type=field.type, default=default, help="[%(default)s]")
+            flag = "--" + field.name.replace("_", "-")
+            sizes.add_argument(flag, type=field.type, default=default, metavar="N", help="[%(default)s]")
     return parser.parse_args(argv)
 
 
 def check(args, world):
     """Raises InputError for flags that make no sense."""
-    for name in ("save_every", "workers", "seed", "steps"):
-        if getattr(args, name) < 0:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: must not be negative")
+    limits = {"seed": 2**32 - 1, "warmup": 1.0, "lr": 1e3}
+    weights = ("weight_decay", "reconstruction_weight", "superpixel_weight")
+    for name in ("save_every", "workers", "steps", *weights, *limits):
+        if not 0 <= getattr(args, name) <= limits.get(name, math.inf):
+            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: out of range")
     if args.batch_size < 1 or args.batch_size % world:
         raise InputError(f"--batch-size {args.batch_size} cannot be split over {world} processes")
     if not 0 < args.crop_scale <= 1:
@@ -115,26 +128,11 @@ def build_optimizer(model, args):
     return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98), eps=1e-6)
 
 
-def git_revision():
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
 def main(argv=None):
     args = parse_args(argv)
-    # One process, or as many as torchrun started: each works on its rows of every batch.
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    check(args, world)
-    device = pick_device(args.device)
-    if world > 1:
-        if device.type == "cuda":
-            device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    elif args.workers:  # threads that fight the workers for cores cost a third of the speed
+    check(args, int(os.environ.get("WORLD_SIZE", 1)))
+    rank, world, device = start_processes(args.device)  # each works on its rows of every batch
+    if world == 1 and args.workers:  # threads that fight the workers for cores cost a third of the speed
         torch.set_num_threads(max(1, torch.get_num_threads() - args.workers))
     share = args.batch_size // world
     rows = slice(rank * share, (rank + 1) * share)
@@ -184,6 +182,8 @@ def main(argv=None):
         log = open(path.parent / "log.jsonl", "a" if resumed else "w")
         count = sum(p.numel() for p in model.parameters()) / 1e6
         print(f"{count:.1f} M parameters, {tokenizer.vocab_size} tokens, {world} x {device.type}, {args.precision}")
+        if resumed:
+            print(f"resumed at step {start} of {args.steps}")
     model.train()
     # The fused kernel for the CPU is made for long sequences; its backward pass in bf16 halves the speed of short ones.
     short = device.type == "cpu" and num_patches < 128
@@ -249,3 +249,5 @@ if __name__ == "__main__":
         main()
     except InputError as error:
         sys.exit(f"train.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("train.py: stopped; --resume goes on from the last checkpoint")

@@ -13,9 +13,10 @@ from data import (
     COLOURS,
     GROUNDS,
     SCENE_WORDS,
-    PascalVOC,
+    SegmentationFolder,
     SyntheticScenes,
     TrainingPairs,
+    identity,
     normalise,
     patch_labels,
     random_resized_crop,
@@ -53,7 +54,9 @@ def test_captions_name_what_is_in_the_scene_and_nothing_else():
     complete = 0
     for sample in (SyntheticScenes(64)[i] for i in range(300)):
         there = {SCENE_WORDS[c] for c in np.unique(sample.label)}
-        named = {word for word in SCENE_WORDS if word in sample.caption.replace(",", " ").split() + sample.caption[:-1].split()}
+        named = {
+            word for word in SCENE_WORDS if word in sample.caption.replace(",", " ").split() + sample.caption[:-1].split()
+        }
         assert named and named <= there, sample.caption
         complete += named == there
         for word in there:
@@ -140,7 +143,9 @@ def test_a_pair_is_the_same_whoever_asks():
 
 def test_normalise():
     image = torch.tensor([0, 128, 255], dtype=torch.uint8).view(3, 1, 1)
-    expected = torch.tensor([(0 - 0.48145466) / 0.26862954, (128 / 255 - 0.4578275) / 0.26130258, (1 - 0.40821073) / 0.27577711])
+    expected = torch.tensor(
+        [(0 - 0.48145466) / 0.26862954, (128 / 255 - 0.4578275) / 0.26130258, (1 - 0.40821073) / 0.27577711]
+    )
     assert torch.allclose(normalise(image).flatten(), expected)
 
 
@@ -206,23 +211,23 @@ def test_label_maps(tmp_path):
     image = Image.fromarray(label)
     image.putpalette(voc_palette().ravel().tolist())
     image.save(path)
-    assert (read_label(path, picture, 24) == label).all()
+    assert (read_label(path, picture, identity(24)) == label).all()
     label[0, 0] = 255
     Image.fromarray(label).save(path)
-    assert (read_label(path, picture, 24) == label).all()
+    assert (read_label(path, picture, identity(24)) == label).all()
     with pytest.raises(InputError) as error:
-        read_label(path, picture, 23)
+        read_label(path, picture, identity(23))
     assert_one_line(error, path, "value 23")
     with pytest.raises(InputError) as error:
-        read_label(path, picture.swapaxes(0, 1), 24)
+        read_label(path, picture.swapaxes(0, 1), identity(24))
     assert_one_line(error, path, "6x4", "4x6")
     Image.fromarray(picture).save(path)
     with pytest.raises(InputError) as error:
-        read_label(path, picture, 24)
+        read_label(path, picture, identity(24))
     assert_one_line(error, path, "RGB")
     path.write_bytes(b"no")
     with pytest.raises(InputError) as error:
-        read_label(path, picture, 24)
+        read_label(path, picture, identity(24))
     assert_one_line(error, path)
 
 
@@ -235,26 +240,31 @@ def test_resize_of_the_smallest_pictures():
 # Benchmarks
 
 
-@pytest.mark.parametrize("lost", ["JPEGImages", "SegmentationClass", "ImageSets/Segmentation/val.txt"])
-def test_a_data_root_without_the_expected_folders(tmp_path, lost):
+@pytest.fixture
+def voc(tmp_path):
     for folder in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
         (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "ImageSets/Segmentation/val.txt").write_text("a\nb\n")
-    assert len(PascalVOC(tmp_path)) == 2
-    (tmp_path / lost).rename(tmp_path / "elsewhere")
-    with pytest.raises(InputError) as error:
-        PascalVOC(tmp_path)
-    assert_one_line(error, tmp_path / lost, "VOCdevkit/VOC2012")
+    Image.new("L", (9, 9)).save(tmp_path / "SegmentationClass/a.png")
+    return tmp_path
 
 
-def test_names_are_lines(tmp_path):
-    for folder in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
-        (tmp_path / folder).mkdir(parents=True)
-    (tmp_path / "ImageSets/Segmentation/val.txt").write_text("my cat \r\n\nb\n")
-    assert PascalVOC(tmp_path).names == ["my cat", "b"]
-    (tmp_path / "ImageSets/Segmentation/val.txt").write_bytes(b"\xff\xfe\x00")
+@pytest.mark.parametrize("lost", ["JPEGImages", "SegmentationClass", "ImageSets/Segmentation/val.txt"])
+def test_a_data_root_without_the_expected_folders(voc, lost):
+    assert len(SegmentationFolder("pascal_voc", voc)) == 2
+    (voc / lost).rename(voc / "elsewhere")
     with pytest.raises(InputError) as error:
-        PascalVOC(tmp_path)
+        SegmentationFolder("pascal_voc", voc)
+    assert_one_line(error, voc / lost, "VOCdevkit/VOC2012")
+
+
+def test_names_are_lines(voc):
+    Image.new("L", (9, 9)).save(voc / "SegmentationClass/my cat.png")
+    (voc / "ImageSets/Segmentation/val.txt").write_text("my cat \r\n\nb\n")
+    assert SegmentationFolder("pascal_voc", voc).names == ["my cat", "b"]
+    (voc / "ImageSets/Segmentation/val.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InputError) as error:
+        SegmentationFolder("pascal_voc", voc)
     assert_one_line(error, "val.txt")
 
 

@@ -15,8 +15,23 @@ from PIL import Image
 import evaluate
 from clip_loader import InputError, Tokenizer, save_checkpoint
 from conftest import TINY, recorder
-from data import PascalVOC, SyntheticScenes, voc_palette
-from evaluate import Score, pixel_scores, region_scores, resized, segment, window_starts
+from data import BENCHMARKS, VOC, Sample, SyntheticScenes, resize_bilinear, voc_palette
+from evaluate import (
+    Score,
+    Segmenter,
+    Settings,
+    add_background,
+    best_word,
+    dense_labels,
+    heat,
+    overlay,
+    pixel_regions,
+    region_scores,
+    resized,
+    window_starts,
+    with_legend,
+    word_colours,
+)
 from model import ImageEncoding, SegCLIP
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -37,15 +52,18 @@ from model import ImageEncoding, SegCLIP
     ],
 )
 def test_size_at_which_a_picture_is_seen(size, seen):
-    assert resized(*size, 224) == seen
+    assert resized(*size, 224, 224) == seen
 
 
 def test_windows_cover_everything_and_stay_inside():
-    assert window_starts(224, 224) == [0]
-    assert window_starts(299, 224) == [0, 75]
-    assert window_starts(336, 224) == [0, 112]
-    assert window_starts(448, 224) == [0, 224]
-    assert window_starts(449, 224) == [0, 224, 225]
+    assert window_starts(224, 224, 224) == [0]
+    assert window_starts(299, 224, 224) == [0, 75]
+    assert window_starts(336, 224, 224) == [0, 112]
+    assert window_starts(448, 224, 224) == [0, 224]
+    assert window_starts(449, 224, 224) == [0, 224, 225]
+    assert window_starts(336, 224, 112) == [0, 112]
+    assert window_starts(448, 224, 112) == [0, 112, 224]
+    assert window_starts(450, 224, 112) == [0, 112, 224, 226]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -69,11 +87,8 @@ def test_region_scores_by_hand():
     assert torch.allclose(scores, torch.tensor([[[3 / 4, 0], [1 / 2, 0]]]))
 
 
-def test_pixel_scores_by_hand():
-    scores, region = pixel_scores(encoding_by_hand(), WORDS, SCALE, (4, 4), (2, 2))
-    assert region.tolist() == [[[0, 0, 1, 1]] * 4]
-    expected = torch.tensor([[9 / 16, 1 / 16], [1 / 4, 1 / 4]])[region[0]].permute(2, 0, 1)
-    assert torch.allclose(scores[0], expected)
+def test_pixel_regions_by_hand():
+    assert pixel_regions(encoding_by_hand(), 4, (2, 2)).tolist() == [[[0, 0, 1, 1]] * 4]
 
 
 @pytest.mark.parametrize(
@@ -81,10 +96,40 @@ def test_pixel_scores_by_hand():
     [(0.2, (0, 0)), (0.4, (0, 1)), (0.9, (0, 1))],  # of the two regions; the best score, 9/16, is never background
 )
 def test_background_by_hand(threshold, background):
-    scores, region = pixel_scores(encoding_by_hand(), WORDS, SCALE, (4, 4), (2, 2), threshold)
-    assert scores.shape == (1, 3, 4, 4)
-    assert scores[0, 0].tolist() == torch.tensor(background)[region[0]].float().tolist()
-    assert torch.allclose(scores[0, 1:], pixel_scores(encoding_by_hand(), WORDS, SCALE, (4, 4), (2, 2))[0][0])
+    scores = region_scores(encoding_by_hand(), WORDS, SCALE)
+    result = add_background(scores, threshold)
+    assert result[0, :, 0].tolist() == list(background)
+    assert torch.equal(result[..., 1:], scores)
+
+
+def test_a_class_is_where_its_best_word_is():
+    scores = torch.tensor([[0.1, 0.5, 0.2], [0.3, 0.0, 0.6]])  # two places, three words
+    owner = torch.tensor([0, 1, 0])
+    assert best_word(scores, owner, 2).tolist() == torch.tensor([[0.2, 0.5], [0.6, 0.0]]).tolist()
+
+
+def settings_for(size=16, **changes):
+    defaults = dict(classes=[["a"], ["b"]], templates=1, short_side=size, window=size, stride=size, top_k=5)
+    others = dict(protocol="segclip", logit_scale=None, background_threshold=None, area_threshold=None)
+    return Settings(**(defaults | others | changes))
+
+
+def test_dense_labels_by_hand():
+    """Three classes, the first two words of which are the background's; four pixels in a row."""
+    cosines = torch.log(torch.tensor([[1, 2, 2, 1], [1, 3, 1, 1], [1, 1, 6, 7], [1, 4, 1, 1]]) / 10)[:, None]
+    owner = torch.tensor([0, 0, 1, 2])
+    s = settings_for(protocol="dense", classes=[["x", "y"], ["a"], ["b"]], logit_scale=1.0)
+    scores, label = dense_labels(cosines, owner, s)
+    expected = torch.tensor([[0.25, 0.3, 0.2, 0.1], [0.25, 0.1, 0.6, 0.7], [0.25, 0.4, 0.1, 0.1]])
+    assert torch.allclose(scores[:, 0], expected)
+    assert label.tolist() == [[0, 2, 1, 1]]
+    _, label = dense_labels(
+        cosines, owner, settings_for(protocol="dense", classes=s.classes, logit_scale=1.0, background_threshold=0.5)
+    )
+    assert label.tolist() == [[0, 0, 1, 1]]
+    # Of three foreground pixels, one is the last class: less than 0.4 of them.
+    s = settings_for(protocol="dense", classes=s.classes, logit_scale=1.0, area_threshold=0.4)
+    assert dense_labels(cosines, owner, s)[1].tolist() == [[0, 0, 1, 1]]
 
 
 class Stripes(torch.nn.Module):
@@ -100,20 +145,43 @@ class Stripes(torch.nn.Module):
     def encode_image(self, image):
         bright = torch.nn.functional.avg_pool2d(image.mean(dim=1), 4).flatten(1)[..., None].sigmoid()
         regions = torch.eye(2).expand(len(image), 2, 2)
-        return ImageEncoding(torch.ones(len(image), 2), regions, None, torch.cat([bright, 1 - bright], dim=-1))
+        soft = torch.cat([bright, 1 - bright], dim=-1)
+        return ImageEncoding(torch.ones(len(image), 2), regions, soft.round(), soft)
 
 
-@pytest.mark.parametrize("shape", [(16, 16), (32, 90), (100, 40), (16, 320), (320, 16)])
-def test_windows_are_put_back_where_they_came_from(shape):
-    """A bright half and a dark half, whatever the size: each is labelled to within a patch of the border."""
+def halves(shape):
     picture = np.zeros((*shape, 3), np.uint8)
     tall = shape[0] > shape[1]
     (picture[: shape[0] // 2] if tall else picture[:, : shape[1] // 2])[...] = 255
-    label, regions = segment(Stripes(), picture, WORDS)
-    assert label.shape == shape and min(regions.shape) == 16
-    label = label if tall else label.T
+    return Sample(picture, None, "halves")
+
+
+def seen(sample, settings):
+    height, width = resized(*sample.picture.shape[:2], settings.short_side, settings.window)
+    return sample, resize_bilinear(sample.picture, height, width)
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (32, 90), (100, 40), (16, 320), (320, 16)])
+@pytest.mark.parametrize("protocol", ["segclip", "dense"])
+def test_windows_are_put_back_where_they_came_from(shape, protocol):
+    """A bright half and a dark half, whatever the size: each is labelled to within a patch of the border."""
+    settings = settings_for(protocol=protocol, logit_scale=40, stride=8 if protocol == "dense" else 16)
+    segmenter = Segmenter(Stripes(), WORDS, torch.arange(2), settings)
+    [(_, label, regions, scores)] = segmenter([seen(halves(shape), settings)])
+    assert label.shape == shape and min(regions.shape) == 16 and scores.shape == (2, *shape)
+    label = label if shape[0] > shape[1] else label.T
     half, border = len(label) // 2, -(-4 * min(shape) // 16)
     assert (label[: half - border] == 0).all() and (label[half + border :] == 1).all()
+
+
+def test_batches_of_windows_change_nothing():
+    settings = settings_for()
+    pictures = [seen(halves(shape), settings) for shape in [(16, 16), (32, 90), (100, 40), (16, 99)]]
+    results = []
+    for batch_size in (1, 3, 100):
+        segmenter = Segmenter(Stripes(), WORDS, torch.arange(2), settings, batch_size)
+        results.append([(label.tolist(), regions.tolist()) for _, label, regions, _ in segmenter(pictures)])
+    assert results[0] == results[1] == results[2]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -157,7 +225,7 @@ ODD_PICTURES = {
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     path = tmp_path_factory.mktemp("tiny") / "checkpoint.pt"
-    texts = [evaluate.TEMPLATE.format(word) for word in PascalVOC.words] + [SyntheticScenes(32)[i].caption for i in range(50)]
+    texts = [f"a photo of a {word}." for word in VOC] + [SyntheticScenes(32)[i].caption for i in range(50)]
     tokenizer = Tokenizer.learn(texts, TINY.vocab_size - Tokenizer().vocab_size)
     torch.manual_seed(0)
     save_checkpoint(path, SegCLIP(TINY), merges=tokenizer.merges)
@@ -189,7 +257,7 @@ def test_a_folder_in_voc_layout(voc, checkpoint, tmp_path, capsys):
     run("--dataset", "pascal_voc", "--data-root", voc, "--checkpoint", checkpoint, "--output", tmp_path / "out")
     metrics = json.loads((tmp_path / "out/metrics.json").read_text())
     assert metrics["pictures"] == len(ODD_PICTURES)
-    assert list(metrics["IoU"]) == ["background", *PascalVOC.words]
+    assert list(metrics["IoU"]) == ["background", *VOC]
     values = [value for value in metrics["IoU"].values() if value is not None]
     assert metrics["mIoU"] == pytest.approx(sum(values) / len(values))
     assert f"mIoU {100 * metrics['mIoU']:.2f} %" in capsys.readouterr().out
@@ -211,11 +279,362 @@ def test_limit_and_synthetic_scenes(checkpoint, tmp_path):
 
 
 def test_every_flag_is_read(voc, checkpoint, tmp_path, monkeypatch):
+    parse_args = evaluate.parse_args
     arguments = ["--dataset", "pascal_voc", "--data-root", str(voc), "--checkpoint", str(checkpoint), "--limit", "1"]
     args, read = recorder(evaluate.parse_args([*arguments, "--output", str(tmp_path)]))
     monkeypatch.setattr(evaluate, "parse_args", lambda argv: args)
     evaluate.main()
-    assert set(vars(args)) <= read
+    one_picture = ["--image", str(voc / "JPEGImages/grey.jpg"), "--words", "cat", "--checkpoint", str(checkpoint)]
+    args_for_one, read_for_one = recorder(parse_args([*one_picture, "--output", str(tmp_path)]))
+    monkeypatch.setattr(evaluate, "parse_args", lambda argv: args_for_one)
+    evaluate.main()
+    unread = set(vars(args)) - read - read_for_one
+    assert unread == {"labels_dir"}  # read with --images only, for which there is a test
+
+
+# What each benchmark's files hold, and the class that each value means, worked out from the data sets' own descriptions.
+RAW_THINGS = [v for v in range(90) if v + 1 not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)]  # COCO's unused categories
+STUFF_IDS = list(range(91, 182))
+CITY = {
+    7: 0,
+    8: 1,
+    11: 2,
+    12: 3,
+    13: 4,
+    17: 5,
+    19: 6,
+    20: 7,
+    21: 8,
+    22: 9,
+    23: 10,
+    24: 11,
+    25: 12,
+    26: 13,
+    27: 14,
+    28: 15,
+}
+CITY |= {31: 16, 32: 17, 33: 18}
+TREES = {  # case: (data set, pictures, labels, list of names, {value: class}); NAME stands for the picture's name
+    "voc": (
+        "pascal_voc",
+        "JPEGImages/NAME.jpg",
+        "SegmentationClass/NAME.png",
+        "ImageSets/Segmentation/val.txt",
+        {i: i for i in range(21)},
+    ),
+    "voc20": (
+        "pascal_voc20",
+        "JPEGImages/NAME.jpg",
+        "SegmentationClass/NAME.png",
+        "ImageSets/Segmentation/val.txt",
+        {i: i - 1 for i in range(1, 21)} | {0: 255},
+    ),
+    "context": (
+        "pascal_context",
+        "JPEGImages/NAME.jpg",
+        "SegmentationClassContext/NAME.png",
+        "ImageSets/SegmentationContext/val.txt",
+        {i: i for i in range(60)},
+    ),
+    "context59": (
+        "pascal_context59",
+        "JPEGImages/NAME.jpg",
+        "SegmentationClassContext/NAME.png",
+        "ImageSets/SegmentationContext/val.txt",
+        {i: i - 1 for i in range(1, 60)} | {0: 255},
+    ),
+    "object, raw": (
+        "coco_object",
+        "images/val2017/NAME.jpg",
+        "annotations/val2017/NAME.png",
+        None,
+        {v: 1 + i for i, v in enumerate(RAW_THINGS)} | {v: 0 for v in STUFF_IDS} | {255: 0},
+    ),
+    "object, converted": (
+        "coco_object",
+        "images/val2017/NAME.jpg",
+        "annotations/val2017/NAME_instanceTrainIds.png",
+        None,
+        {i: i for i in range(81)},
+    ),
+    "stuff, raw": (
+        "coco_stuff",
+        "images/val2017/NAME.jpg",
+        "stuffthingmaps/val2017/NAME.png",
+        None,
+        {v: i for i, v in enumerate(RAW_THINGS + STUFF_IDS)},
+    ),
+    "stuff, converted": (
+        "coco_stuff",
+        "images/val2017/NAME.jpg",
+        "annotations/val2017/NAME_labelTrainIds.png",
+        None,
+        {i: i for i in range(171)},
+    ),
+    "ade20k": (
+        "ade20k",
+        "images/validation/NAME.jpg",
+        "annotations/validation/NAME.png",
+        None,
+        {i: i - 1 for i in range(1, 151)} | {0: 255},
+    ),
+    "cityscapes, ids": (
+        "cityscapes",
+        "leftImg8bit/val/ulm/NAME_leftImg8bit.png",
+        "gtFine/val/ulm/NAME_gtFine_labelIds.png",
+        None,
+        {i: CITY.get(i, 255) for i in range(34)},
+    ),
+    "cityscapes, train ids": (
+        "cityscapes",
+        "leftImg8bit/val/ulm/NAME_leftImg8bit.png",
+        "gtFine/val/ulm/NAME_gtFine_labelTrainIds.png",
+        None,
+        {i: i for i in range(19)},
+    ),
+}
+
+
+def make_tree(root, case, names=("b", "a")):
+    """Pictures of noise, and label maps in which each value of the data set stands somewhere. -> {name: classes}"""
+    _, picture, label, split, meaning = TREES[case]
+    meaning = {255: 255} | meaning
+    table, truth, random = np.zeros(256, np.uint8), {}, np.random.RandomState(0)
+    table[list(meaning)] = list(meaning.values())
+    for name in names:
+        for path in (picture, label):
+            (root / path).parent.mkdir(parents=True, exist_ok=True)
+        values = random.choice(np.array(list(meaning), np.uint8), (40, 56))
+        values.flat[: len(meaning)] = list(meaning)
+        Image.fromarray(random.randint(0, 256, (40, 56, 3), np.uint8)).save(root / picture.replace("NAME", name), quality=95)
+        image = Image.fromarray(values)
+        image.putpalette(list(random.randint(0, 256, 768)))  # as VOC and ADE20K have; the colours must not matter
+        image.save(root / label.replace("NAME", name))
+        truth[name] = table[values]
+    if split:
+        (root / split).parent.mkdir(parents=True)
+        (root / split).write_text("\n".join(names) + "\n")
+    return truth
+
+
+def independent_miou(predictions, truth, num_classes):
+    confusion = np.zeros((num_classes, num_classes))
+    for name, label in truth.items():
+        for t, p in zip(label[label != 255], predictions[name][label != 255]):
+            confusion[t, p] += 1
+    union = confusion.sum(axis=0) + confusion.sum(axis=1) - np.diag(confusion)
+    return (np.diag(confusion)[union > 0] / union[union > 0]).mean()
+
+
+@pytest.mark.parametrize("case", TREES)
+def test_every_benchmark_in_its_folders(case, checkpoint, tmp_path):
+    truth = make_tree(tmp_path / "data", case)
+    name = TREES[case][0]
+    run(
+        "--dataset",
+        name,
+        "--data-root",
+        tmp_path / "data",
+        "--checkpoint",
+        checkpoint,
+        "--output",
+        tmp_path / "out",
+        "--workers",
+        0,
+    )
+    metrics = json.loads((tmp_path / "out/metrics.json").read_text())
+    found = {path.stem: np.asarray(Image.open(path)) for path in (tmp_path / "out/predictions").rglob("*.png")}
+    found = {key.removesuffix("_leftImg8bit"): value for key, value in found.items()}
+    assert found.keys() == truth.keys()
+    assert metrics["mIoU"] == pytest.approx(independent_miou(found, truth, len(metrics["IoU"])))
+    assert metrics["pictures"] == 2 and metrics["background_threshold"] == BENCHMARKS[name].background_threshold
+    assert len(set(metrics["IoU"].values())) > 1
+
+
+def test_a_value_that_is_no_class(checkpoint, tmp_path):
+    make_tree(tmp_path, "ade20k")
+    path = tmp_path / "annotations/validation/b.png"
+    Image.fromarray(np.full((40, 56), 151, np.uint8)).save(path)
+    for workers in (0, 1):
+        message = fails(
+            "--dataset",
+            "ade20k",
+            "--data-root",
+            tmp_path,
+            "--checkpoint",
+            checkpoint,
+            "--output",
+            tmp_path / "o",
+            "--workers",
+            workers,
+        )
+        assert str(path) in message and "151" in message
+
+
+def test_the_dense_protocol(checkpoint, tmp_path):
+    make_tree(tmp_path, "voc")
+    run(
+        "--dataset",
+        "pascal_voc",
+        "--data-root",
+        tmp_path,
+        "--checkpoint",
+        checkpoint,
+        "--output",
+        tmp_path / "o",
+        "--protocol",
+        "dense",
+    )
+    metrics = json.loads((tmp_path / "o/metrics.json").read_text())
+    assert (metrics["short_side"], metrics["window"], metrics["stride"]) == (
+        48,
+        32,
+        16,
+    )  # 336, 224, 112, for a model of 32 pixels
+    assert (
+        metrics["templates"],
+        metrics["logit_scale"],
+        metrics["background_threshold"],
+        metrics["area_threshold"],
+    ) == (80, 65, 0.1, 0.1)
+    assert len(metrics["classes"]) == 21 and len(metrics["classes"][0]) == 26 and "person in jeans" in metrics["classes"][15]
+    assert list(metrics["IoU"]) == ["background", *VOC]
+
+
+def test_every_word_list_and_template():
+    assert {name: len(benchmark.words) for name, benchmark in BENCHMARKS.items()} == {
+        "pascal_voc": 20,
+        "pascal_voc20": 20,
+        "pascal_context": 59,
+        "pascal_context59": 59,
+        "coco_object": 80,
+        "coco_stuff": 171,
+        "ade20k": 150,
+        "cityscapes": 19,
+    }
+    for n, templates in evaluate.TEMPLATES.items():
+        assert len(set(templates)) == n and all(template.count("{}") == 1 for template in templates)
+
+
+def test_own_pictures_with_and_without_labels(checkpoint, tmp_path):
+    (tmp_path / "pictures/deep").mkdir(parents=True)
+    (tmp_path / "labels/deep").mkdir(parents=True)
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "pictures/deep/one.JPG")
+    Image.new("L", (50, 20)).save(tmp_path / "pictures/two.png")
+    (tmp_path / "words.txt").write_text("red wall, wall\n\n cat\n")
+    arguments = ("--images", tmp_path / "pictures", "--classes", tmp_path / "words.txt", "--checkpoint", checkpoint)
+    run(*arguments, "--output", tmp_path / "out")
+    assert {p.name for p in (tmp_path / "out/predictions").rglob("*.png")} == {"one.png", "two.png"}
+    assert (tmp_path / "out/predictions/deep/one.png").exists() and not (tmp_path / "out/metrics.json").exists()
+    Image.new("L", (40, 30), 1).save(tmp_path / "labels/deep/one.png")
+    run(*arguments, "--labels-dir", tmp_path / "labels", "--output", tmp_path / "out2")
+    metrics = json.loads((tmp_path / "out2/metrics.json").read_text())
+    assert metrics["pictures"] == 1 and list(metrics["IoU"]) == ["red wall", "cat"]
+    assert metrics["classes"] == [["red wall", "wall"], ["cat"]]
+    run(*arguments, "--background", "1", "--output", tmp_path / "out3")
+    assert json.loads((tmp_path / "out3/settings.json").read_text())["background_threshold"] == 1
+
+
+def test_one_picture(checkpoint, tmp_path, capsys):
+    Image.new("RGB", (90, 60), "red").save(tmp_path / "my photo.jpg")
+    arguments = (
+        "--image",
+        tmp_path / "my photo.jpg",
+        "--words",
+        "cat, grass, sky",
+        "--checkpoint",
+        checkpoint,
+        "--output",
+        tmp_path / "o",
+    )
+    run(*arguments, "--heat")
+    names = {p.name for p in (tmp_path / "o").iterdir()}
+    expected = {f"my photo_{x}.png" for x in ("overlay", "labels", "regions", "heat_cat", "heat_grass", "heat_sky")}
+    assert names == expected | {"settings.json"}
+    assert (
+        Image.open(tmp_path / "o/my photo_labels.png").size
+        == Image.open(tmp_path / "o/my photo_regions.png").size
+        == (90, 60)
+    )
+    shares = [float(line.split()[-2]) for line in capsys.readouterr().out.splitlines() if line.endswith("%")]
+    assert sum(shares) == pytest.approx(100, abs=0.2)
+
+
+def test_words_keep_their_colours():
+    words = ["background", "cat", "grass", "sky"]
+    together = dict(zip(words, word_colours(words).tolist()))
+    assert len({tuple(colour) for colour in together.values()}) == 4
+    assert word_colours(["sky"]).tolist() == [together["sky"]]
+    assert word_colours(["grass", "cat"]).tolist() == [together["grass"], together["cat"]]
+    many = word_colours([f"word {i}" for i in range(171)])
+    assert len(np.unique(many, axis=0)) > 160
+
+
+@pytest.mark.parametrize("width", [40, 300, 4000])
+def test_the_legend_covers_nothing(width):
+    picture = Image.new("RGB", (width, 100), "blue")
+    entries = [((255, 0, 0), "a long name of a class"), ((0, 255, 0), "cat"), ((0, 0, 255), "grass 12 %")]
+    sheet = with_legend(picture, entries)
+    assert sheet.width >= width and (np.asarray(sheet)[:100, :width] == (0, 0, 255)).all()
+    below = np.asarray(sheet)[100:]
+    for colour, _ in entries:
+        assert (below == colour).all(axis=-1).sum() > 50
+    assert (below[:, -2:] == 255).all() and (below[-1] == 255).all()  # no word is cut off
+
+
+def test_overlay_and_heat():
+    picture = np.full((4, 6, 3), 100, np.uint8)
+    label = np.array([[0, 0, 0, 1, 1, 1]] * 4, np.uint8)
+    colours = np.asarray(overlay(picture, label, np.array([[200, 0, 0], [0, 0, 200]], np.uint8)))
+    assert colours[0, 0].tolist() == [150, 50, 50] and colours[0, 5].tolist() == [50, 50, 150]
+    assert colours[0, 3].tolist() == [255, 255, 255]
+    warm = np.asarray(heat(picture, np.array([[0, 0, 0, 0, 0, 1.0]] * 4)))
+    assert warm[0, 0].tolist() == [40, 40, 40] and warm[0, 5].tolist() == [255, 230, 0]
+
+
+def test_an_interrupted_run_is_taken_up(voc, checkpoint, tmp_path, capsys):
+    arguments = (
+        "--dataset",
+        "pascal_voc",
+        "--data-root",
+        voc,
+        "--checkpoint",
+        checkpoint,
+        "--output",
+        tmp_path / "out",
+    )
+    run(*arguments)
+    first = (tmp_path / "out/metrics.json").read_text()
+    (tmp_path / "out/predictions/rotated.png").unlink()
+    (tmp_path / "out/metrics.json").unlink()
+    capsys.readouterr()
+    run(*arguments)
+    assert f"{len(ODD_PICTURES) - 7} pictures of an earlier run" in capsys.readouterr().err
+    assert (tmp_path / "out/metrics.json").read_text() == first
+    run(*arguments, "--background-threshold", "0.1")  # other settings: all is done anew
+    assert "earlier run" not in capsys.readouterr().err
+
+
+def test_two_processes_give_the_metrics_of_one(voc, checkpoint, tmp_path):
+    arguments = [
+        "--dataset",
+        "pascal_voc",
+        "--data-root",
+        str(voc),
+        "--checkpoint",
+        str(checkpoint),
+        "--device",
+        "cpu",
+        "--workers",
+        "0",
+    ]
+    run(*arguments, "--output", tmp_path / "one")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", evaluate.__file__]
+    done = subprocess.run(
+        [*command, *arguments, "--output", str(tmp_path / "two")], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "one/metrics.json").read_text() == (tmp_path / "two/metrics.json").read_text()
 
 
 def fails(*arguments):
@@ -236,7 +655,17 @@ def test_bad_input(voc, checkpoint, tmp_path, monkeypatch):
     assert "--data-root" in fails("--dataset", "pascal_voc", "--checkpoint", checkpoint)
     assert str(tmp_path / "elsewhere/JPEGImages") in fails(*good, "--data-root", tmp_path / "elsewhere")
     assert "--device" in fails(*good, "--device", "toaster")
-    assert "no picture" in fails(*good, "--limit", 0)
+    assert "--limit" in fails(*good, "--limit", 0)
+    assert "--window 33" in fails(*good, "--window", 33)
+    assert "--stride 64" in fails(*good, "--stride", 64)
+    (tmp_path / "words.txt").write_text("cat\ndog\n")
+    message = fails(*good, "--classes", tmp_path / "words.txt")
+    assert "words.txt" in message and "2 classes" in message and "20" in message
+    assert "--words" in fails("--checkpoint", checkpoint, "--images", tmp_path)
+    assert "no such folder" in fails("--checkpoint", checkpoint, "--images", tmp_path / "none", "--words", "cat")
+    (tmp_path / "empty").mkdir()
+    assert "no picture" in fails("--checkpoint", checkpoint, "--images", tmp_path / "empty", "--words", "cat")
+    assert "none.jpg" in fails("--checkpoint", checkpoint, "--image", tmp_path / "none.jpg", "--words", "cat", "--workers", 0)
     assert "between 0 and 1" in fails(*good, "--background-threshold", "nan")
     assert "no background" in fails("--checkpoint", checkpoint, "--background-threshold", "0.5")
     assert "--seed" in fails("--checkpoint", checkpoint, "--seed", "-1")

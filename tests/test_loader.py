@@ -258,7 +258,7 @@ def test_a_file_that_is_no_checkpoint(kind, tiny_clip, tmp_path):
     elif kind == "folder":
         path.mkdir()
     elif kind == "text":
-        path.write_text("hello")
+        path.write_text("Some text, which is not what it should be.")
     elif kind == "truncated":
         torch.save(openai_state(tiny_clip), path)
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
@@ -281,6 +281,7 @@ def test_a_file_that_is_no_checkpoint(kind, tiny_clip, tmp_path):
         with pytest.raises(InputError) as error:
             load(path)
         assert_one_line(error, path)
+        assert "could run code" not in str(error.value)
 
 
 @pytest.mark.parametrize("how", ["pickle", "torch.save"])
