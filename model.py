@@ -9,6 +9,7 @@ patches; H_p patch tokens before the group module, H_c centers, M the mapping ma
 """
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -403,7 +404,10 @@ class SegCLIP(nn.Module):
         """[B, 3, H, W] -> ImageEncoding. gumbel_noise [B, N, L] replaces the noise drawn in training."""
         visual = self.clip.visual
         patches = self.first_stage(visual.ln_pre(visual.embed_patches(image)))  # H_p [B, N, D]
-        regions, hard, soft = self.group(patches, gumbel_noise)  # [B, L, D]
+        # At inference an argmax decides, and in bf16 one pixel in eighty got another label; in training the Gumbel noise
+        # is far larger than the rounding.
+        with nullcontext() if self.training else torch.autocast(image.device.type, enabled=False):
+            regions, hard, soft = self.group(patches, gumbel_noise)  # [B, L, D]
         regions = self.third_stage(regions)  # Z_p [B, L, D]
         return ImageEncoding(visual.project(regions.amax(dim=1)), visual.project(regions), hard, soft)
 
