@@ -156,6 +156,9 @@ class SyntheticScenes:
     def names(self):
         return [f"scene{i:05}" for i in range(len(self))]
 
+    def picture_path(self, index):
+        return None  # drawn, not read
+
     def __getitem__(self, index):
         rng = np.random.RandomState([*self.key, index])
         size, x, y = self.size, self.x, self.y
@@ -391,7 +394,7 @@ CITYSCAPES_TABLE = value_table({i: 255 for i in range(34)} | {i: c for c, i in e
 
 
 def listed(names):
-    return [name.strip() for name in names.split(",")]
+    return [name.strip() for name in names.split(",") if name.strip()]
 
 
 VOC = listed(
@@ -538,8 +541,9 @@ class SegmentationFolder:
         if b.split:
             self.names = read_lines(self.root / b.split)
         else:
-            found = (self.root / b.pictures).rglob(f"*{b.suffix}")
-            self.names = sorted(str(p.relative_to(self.root / b.pictures)).removesuffix(b.suffix) for p in found)
+            folder = self.root / b.pictures
+            found = [str(path.relative_to(folder)) for path in visible_files(folder)]
+            self.names = [name.removesuffix(b.suffix) for name in found if name.endswith(b.suffix)]
         candidates = [
             self.root / folder / f"{self.names[0] if self.names else '*'}{suffix}" for folder, suffix, _ in b.labels
         ]
@@ -551,9 +555,12 @@ class SegmentationFolder:
     def __len__(self):
         return len(self.names)
 
+    def picture_path(self, index):
+        return self.root / self.benchmark.pictures / f"{self.names[index]}{self.benchmark.suffix}"
+
     def __getitem__(self, index):
         name, (folder, suffix, table) = self.names[index], self.labels
-        picture = read_picture(self.root / self.benchmark.pictures / f"{name}{self.benchmark.suffix}")
+        picture = read_picture(self.picture_path(index))
         return Sample(picture, read_label(self.root / folder / f"{name}{suffix}", picture, table), name)
 
 
@@ -567,14 +574,22 @@ class PictureFolder:
                 raise InputError(f"{folder}: no such folder")
         self.words, self.background_threshold, self.palette = words, background_threshold, voc_palette()
         self.table = identity(len(words) + (background_threshold is not None))
-        self.paths = paths or sorted(p for p in self.root.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+        self.paths = paths or [
+            path
+            for path in visible_files(self.root)
+            if path.suffix.lower() in IMAGE_SUFFIXES and not (self.labels and path.is_relative_to(self.labels))
+        ]
         self.names = [str(p.relative_to(self.root).with_suffix("")) for p in self.paths]
-        for one, other in zip(self.names, self.names[1:]):
+        lower = sorted(name.lower() for name in self.names)  # two names that differ in case are one file on some systems
+        for one, other in zip(lower, lower[1:]):
             if one == other:
                 raise InputError(f"{self.root / one}: two pictures of this name; their results would be one file")
 
     def __len__(self):
         return len(self.names)
+
+    def picture_path(self, index):
+        return self.paths[index]
 
     def __getitem__(self, index):
         picture = read_picture(self.paths[index])
@@ -582,9 +597,15 @@ class PictureFolder:
         return Sample(picture, read_label(path, picture, self.table) if path and path.exists() else None, self.names[index])
 
 
+def visible_files(folder):
+    """All files in a folder and its folders, sorted; without hidden ones."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return [path for path in paths if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+
+
 def read_lines(path):
     """The lines of a text file that are not empty, without the space around them. Raises InputError."""
     try:
-        return [line.strip() for line in Path(path).read_text().splitlines() if line.strip()]
+        return [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not a list of names ({error})") from None

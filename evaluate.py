@@ -22,11 +22,13 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 from torch.utils.data import DataLoader
 
 from clip_loader import InputError, git_revision, load_segclip, load_tokenizer, make_folder, start_processes
 from data import (
     BENCHMARKS,
+    UNREADABLE,
     PictureFolder,
     SegmentationFolder,
     SyntheticScenes,
@@ -37,6 +39,7 @@ from data import (
 )
 
 DEFAULT_CHECKPOINT = "runs/synthetic/checkpoint.pt"
+PROTOCOLS_OWN = -1.0  # --background without a threshold
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Words
@@ -106,19 +109,41 @@ class Settings:
     area_threshold: float | None  # dense only: classes with a smaller share of the foreground are left out
 
 
+def read_classes(path):
+    """A class in each line, its words separated by commas -> list of lists. Raises InputError."""
+    classes = [listed(line) for line in read_lines(path)]
+    if not all(classes):
+        raise InputError(f"{path}: a line without a word")
+    return classes
+
+
+def check_words(words, has_background, source):
+    """Raises InputError for names of classes that cannot be told apart, or do not fit into a byte."""
+    lower = [word.lower() for word in words] + ["background"] * has_background
+    if not words or len(lower) > 255:
+        raise InputError(f"{source}: {len(words)} words; there must be between 1 and {255 - has_background}")
+    for word in lower:
+        if lower.count(word) > 1:
+            raise InputError(f"{source}: the class {word} is there twice")
+
+
 def choose_settings(args, dataset, size):
     """The named protocol for this data set and this model's input size, and the flags that change it. Raises InputError."""
-    name, words = args.dataset, [[word] for word in dataset.words]
+    name, words = kind_of(args), [[word] for word in dataset.words]
     if args.classes:
-        words = [listed(line) for line in read_lines(args.classes)]
+        words = read_classes(args.classes)
         if len(words) != len(dataset.words):
             raise InputError(f"{args.classes}: has {len(words)} classes, {name} has {len(dataset.words)} besides background")
-    threshold = dataset.background_threshold
-    if args.background_threshold is not None:
-        if name in (*BENCHMARKS, "synthetic") and threshold is None:
+    threshold = None
+    if dataset.background_threshold is not None:
+        check_words(dataset.words, True, args.classes or "--words")
+        threshold = 0.1 if args.protocol == "dense" else dataset.background_threshold if name in BENCHMARKS else 0.75
+    if args.background_threshold not in (None, PROTOCOLS_OWN):
+        if threshold is None:
             raise InputError(f"--background-threshold: {name} has no background")
         if not 0 <= args.background_threshold <= 1:
             raise InputError(f"--background-threshold {args.background_threshold}: must be between 0 and 1")
+        threshold = args.background_threshold
     if args.protocol == "segclip":
         s = Settings("segclip", words, 1, size, size, size, 5, None, threshold, None)
     else:  # the settings of SCLIP's tables, for a model of 224 pixels
@@ -132,8 +157,8 @@ def choose_settings(args, dataset, size):
         scale = {"pascal_voc": 65, "pascal_context": 50, "coco_object": 50}.get(name, 40)
         short = {"coco_stuff": 448, "cityscapes": 560}.get(name, 336) * size // 224
         area = 0.1 if name == "pascal_voc" else None
-        s = Settings("dense", words, 80, short, size, size // 2, None, scale, None if threshold is None else 0.1, area)
-    for field in ("templates", "short_side", "window", "stride", "top_k", "background_threshold"):
+        s = Settings("dense", words, 80, short, size, size // 2, None, scale, threshold, area)
+    for field in ("templates", "short_side", "window", "stride", "top_k"):
         if getattr(args, field) is not None:
             setattr(s, field, getattr(args, field))
     return s
@@ -282,7 +307,10 @@ class Segmenter:
             else:
                 # The softmax changes no argmax but that of values that it rounds to the same: the authors' way with near ties.
                 label = full.softmax(dim=0).argmax(dim=0)
-            yield sample, label.byte().cpu().numpy(), region_map.cpu().numpy(), full
+            result = sample, label.byte().cpu().numpy(), region_map.cpu().numpy(), full
+            del canvas, full, label  # the largest things here: gone before the next picture's
+            yield result
+            del result
 
 
 class Seen(torch.utils.data.Dataset):
@@ -443,13 +471,29 @@ def draw_examples(examples, words, palette, path, side=160):
     with_legend(sheet, [(palette[c], words[c]) for c in sorted(used - {255})]).save(path)
 
 
-def save_labels(path, label, palette):
-    """A palette PNG; never half of one."""
+def save_labels(path, label, palette, key=""):
+    """A palette PNG, with what it depends on in a note; never half of one."""
     make_folder(path.parent)
-    image = Image.fromarray(label)
+    image, note = Image.fromarray(label), PngInfo()
     image.putpalette(palette.ravel().tolist())
-    image.save(path.with_suffix(".part"), "PNG")
+    note.add_text("key", key)
+    image.save(path.with_suffix(".part"), "PNG", pnginfo=note)
     os.replace(path.with_suffix(".part"), path)
+
+
+def prediction_key(record, path):
+    """What a prediction depends on: the settings, and the picture as it lies on disk."""
+    stat = path.stat() if path and path.exists() else None
+    return hashlib.sha256(json.dumps([record, str(path), stat and [stat.st_size, stat.st_mtime_ns]]).encode()).hexdigest()
+
+
+def read_prediction(path, key):
+    """The labels that an earlier run saved; None if there are none, or others, or damaged ones."""
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image) if image.info.get("key") == key else None
+    except UNREADABLE:
+        return None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -499,9 +543,9 @@ def parse_args(argv=None):
         dest="background_threshold",
         type=float,
         nargs="?",
-        const=0.75,
+        const=PROTOCOLS_OWN,
         metavar="T",
-        help="pixels can be none of the words: where none reaches T, between 0 and 1 [benchmarks: the protocol's; T: 0.75]",
+        help="pixels can be none of the words: where none reaches T, between 0 and 1 [the data set's; dense: 0.1; else 0.75]",
     )
     result = parser.add_argument_group("the result")
     result.add_argument("--output", help="folder [scenes: the checkpoint's; else runs/DATASET, runs/images or runs/image]")
@@ -509,15 +553,21 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
+def kind_of(args):
+    return "image" if args.image else "images" if args.images else args.dataset
+
+
 def open_dataset(args, size):
     """What the flags name: words, palette, background_threshold, names, len, and Samples by number. Raises InputError."""
+    if args.heat and not args.image or args.labels_dir and not args.images:
+        raise InputError("--heat is for --image, --labels-dir for --images")
+    if args.words and (args.classes or not (args.image or args.images)):
+        raise InputError("--words is for --image and --images; it is this or --classes")
     if args.image or args.images:
-        if args.words:
-            words = listed(args.words)
-        elif args.classes:
-            words = [listed(line)[0] for line in read_lines(args.classes)]
-        else:
+        if not args.words and not args.classes:
             raise InputError('--image and --images need words: --words "cat, grass, sky" or --classes FILE')
+        words = listed(args.words) if args.words else [names[0] for names in read_classes(args.classes)]
+        check_words(words, False, args.classes or "--words")
         if args.image:
             return PictureFolder(Path(args.image).parent, None, words, args.background_threshold, [Path(args.image)])
         return PictureFolder(args.images, args.labels_dir, words, args.background_threshold)
@@ -550,6 +600,8 @@ def check(args, settings, patch):
 def main(argv=None):
     args = parse_args(argv)
     rank, world, device = start_processes(args.device)
+    if args.image and world > 1:
+        raise InputError("--image: one picture is work for one process; start it with python, not torchrun")
     if args.checkpoint == DEFAULT_CHECKPOINT and not Path(DEFAULT_CHECKPOINT).exists():
         raise InputError(f"{DEFAULT_CHECKPOINT}: not there yet; make it with `python train.py`, or give --checkpoint FILE")
     model = load_segclip(args.checkpoint, from_clip=False).to(device).eval()
@@ -567,13 +619,14 @@ def main(argv=None):
     has_background = settings.background_threshold is not None
     words = ["background", *dataset.words] if has_background else dataset.words
     # Scores on scenes belong to one run of training; each has a folder already.
-    kind = "image" if args.image else "images" if args.images else args.dataset
+    kind = kind_of(args)
     output = Path(args.output or (Path(args.checkpoint).parent if kind == "synthetic" else f"runs/{kind}"))
     make_folder(output)
 
-    # What was done before with the very same settings is not done again.
+    source = args.image or args.images or args.data_root
     record = {
         "dataset": kind,
+        "data": source and str(Path(source).resolve()),
         "seed": args.seed if kind == "synthetic" else None,
         "checkpoint": str(args.checkpoint),
         "checkpoint_sha256": hashlib.sha256(Path(args.checkpoint).read_bytes()).hexdigest(),
@@ -581,34 +634,30 @@ def main(argv=None):
         "precision": args.precision,
         **vars(settings),
     }
-    path, label_path = output / "settings.json", lambda i: output / "predictions" / f"{dataset.names[i]}.png"
-    same = path.exists() and path.read_text() == json.dumps(record, indent=1)
-    if world > 1:
-        dist.barrier()  # before rank 0 writes what the others still compare with
-    if rank == 0:
-        path.write_text(json.dumps(record, indent=1))
     mine = range(rank, count, world)
-    shown = set(mine[:6])
-    done = [i for i in mine if same and i not in shown and label_path(i).exists()]
-    todo = [i for i in mine if i not in set(done)]
-    if done:
-        print(f"{len(done)} pictures of an earlier run with the same settings are reused", file=sys.stderr)
+    shown, todo, score, labelled, examples = set(mine[:6]), [], Score(len(words)), 0, []
+    label_path = lambda i: output / "predictions" / f"{dataset.names[i]}.png"  # noqa: E731
+    keys = {i: prediction_key(record, dataset.picture_path(i)) for i in mine}
+    for i in mine:  # what was done before with the very same settings and picture is not done again
+        earlier = None if i in shown else read_prediction(label_path(i), keys[i])
+        if earlier is None:
+            todo.append(i)
+        elif (label := dataset[i].label) is not None:
+            labelled += 1
+            score.add(earlier, label)
+    if len(todo) < len(mine):
+        print(f"{len(mine) - len(todo)} pictures of an earlier run with the same settings are reused", file=sys.stderr)
 
     text, owner = class_features(model, tokenizer, settings)
     segmenter = Segmenter(model, text, owner, settings, args.batch_size, args.precision == "bf16")
     loader = DataLoader(
         Seen(dataset, settings), sampler=todo, batch_size=None, num_workers=args.workers, collate_fn=unchanged
     )
-    score, labelled, examples, start, last_line = Score(len(words)), 0, [], time.time(), time.time()
-    for i in done:
-        label = dataset[i].label
-        if label is not None:
-            labelled += 1
-            score.add(np.asarray(Image.open(label_path(i))), label)
+    start = last_line = time.time()
     for n, (i, (sample, prediction, regions, scores)) in enumerate(zip(todo, segmenter(raised(loader))), 1):
         if args.image:
             return show_picture(sample, prediction, regions, scores, words, output, args.heat)
-        save_labels(label_path(i), prediction, dataset.palette)
+        save_labels(label_path(i), prediction, dataset.palette, keys[i])
         if sample.label is not None:
             labelled += 1
             score.add(prediction, sample.label)
@@ -632,7 +681,7 @@ def main(argv=None):
     if labelled:
         iou = score.iou()
         per_class = {word: None if np.isnan(value) else float(value) for word, value in zip(words, iou)}
-        metrics = score.summary() | {"IoU": per_class, "pictures": labelled, **record}
+        metrics = score.summary() | {"IoU": per_class, "pictures": labelled, "limit": args.limit, **record}
         (output / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
         for word, value in zip(words, iou):
             print(f"{word:>20}  IoU " + ("     -" if np.isnan(value) else f"{100 * value:5.1f} %"))
@@ -640,6 +689,8 @@ def main(argv=None):
         threshold = f"  background threshold {settings.background_threshold}" if has_background else ""
         print(f"{summary}  over {labelled} pictures  protocol {settings.protocol}{threshold}")
         written += f", {output}/metrics.json"
+    elif args.labels_dir:
+        print(f"{args.labels_dir}: no label map has the name of a picture", file=sys.stderr)
     print(f"wrote {written}")
 
 
@@ -664,7 +715,9 @@ def show_picture(sample, label, regions, scores, words, output, with_heat):
         "regions": Image.fromarray(wheel(64)[regions % 64]).resize(label.shape[::-1], Image.NEAREST),
     }
     if with_heat:
-        files |= {f"heat_{word.replace('/', '_')}": heat(sample.picture, s.cpu().numpy()) for word, s in zip(words, scores)}
+        for c, word in enumerate(words):
+            safe = "".join(x if x.isalnum() else "_" for x in word)[:60]
+            files[f"heat_{c}_{safe}"] = heat(sample.picture, scores[c].cpu().numpy())
     save_labels(output / f"{sample.name}_labels.png", label, palette)
     for name, image in files.items():
         image.save(output / f"{sample.name}_{name}.png")

@@ -81,7 +81,7 @@ def evaluate(rounds):
                 times[way].append((time.perf_counter() - start) / len(pictures))
     base = None
     for way in ways:
-        seconds, share = statistics.median(times[way]), sum(encoding[way][-rounds:]) / rounds / len(pictures)
+        seconds = statistics.median(times[way])
         base = base or seconds
         print(f"{way:26} {seconds:.3f} s per picture, {base / seconds:.2f} times (a)")
     a, b, c = (np.concatenate([label.ravel() for label in labels[way]]) for way in ways)

@@ -288,8 +288,7 @@ def test_every_flag_is_read(voc, checkpoint, tmp_path, monkeypatch):
     args_for_one, read_for_one = recorder(parse_args([*one_picture, "--output", str(tmp_path)]))
     monkeypatch.setattr(evaluate, "parse_args", lambda argv: args_for_one)
     evaluate.main()
-    unread = set(vars(args)) - read - read_for_one
-    assert unread == {"labels_dir"}  # read with --images only, for which there is a test
+    assert set(vars(args)) <= read | read_for_one
 
 
 # What each benchmark's files hold, and the class that each value means, worked out from the data sets' own descriptions.
@@ -559,7 +558,29 @@ def test_own_pictures_with_and_without_labels(checkpoint, tmp_path):
     assert metrics["pictures"] == 1 and list(metrics["IoU"]) == ["red wall", "cat"]
     assert metrics["classes"] == [["red wall", "wall"], ["cat"]]
     run(*arguments, "--background", "1", "--output", tmp_path / "out3")
-    assert json.loads((tmp_path / "out3/settings.json").read_text())["background_threshold"] == 1
+    assert not (tmp_path / "out3/metrics.json").exists()
+    run(*arguments, "--labels-dir", tmp_path / "labels", "--background", "--output", tmp_path / "out4")
+    assert json.loads((tmp_path / "out4/metrics.json").read_text())["background_threshold"] == 0.75
+    # Another picture of the same name is not the one that was labelled.
+    for i in range(7):
+        Image.new("RGB", (30 + i, 30)).save(tmp_path / f"pictures/more{i}.png")
+    run(*arguments, "--output", tmp_path / "out")
+    Image.new("RGB", (55, 44)).save(tmp_path / "pictures/two.png")
+    run(*arguments, "--output", tmp_path / "out")
+    assert Image.open(tmp_path / "out/predictions/two.png").size == (55, 44)
+
+
+def test_names_of_classes_that_cannot_be(checkpoint, tmp_path):
+    Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
+    common = ("--images", tmp_path, "--checkpoint", checkpoint, "--output", tmp_path / "o")
+    assert "twice" in fails(*common, "--words", "cat, Cat")
+    assert "twice" in fails(*common, "--words", "cat, background", "--background")
+    assert "0 words" in fails(*common, "--words", " , ")
+    assert "256 words" in fails(*common, "--words", ",".join(map(str, range(256))))
+    (tmp_path / "words.txt").write_text("cat\n,\n")
+    assert "without a word" in fails(*common, "--classes", tmp_path / "words.txt")
+    (tmp_path / "a.bmp").write_bytes((tmp_path / "a.png").read_bytes())
+    assert "two pictures" in fails(*common, "--words", "cat")
 
 
 def test_one_picture(checkpoint, tmp_path, capsys):
@@ -576,8 +597,8 @@ def test_one_picture(checkpoint, tmp_path, capsys):
     )
     run(*arguments, "--heat")
     names = {p.name for p in (tmp_path / "o").iterdir()}
-    expected = {f"my photo_{x}.png" for x in ("overlay", "labels", "regions", "heat_cat", "heat_grass", "heat_sky")}
-    assert names == expected | {"settings.json"}
+    expected = {f"my photo_{x}.png" for x in ("overlay", "labels", "regions", "heat_0_cat", "heat_1_grass", "heat_2_sky")}
+    assert names == expected
     assert (
         Image.open(tmp_path / "o/my photo_labels.png").size
         == Image.open(tmp_path / "o/my photo_regions.png").size
@@ -638,8 +659,13 @@ def test_an_interrupted_run_is_taken_up(voc, checkpoint, tmp_path, capsys):
     run(*arguments)
     assert f"{len(ODD_PICTURES) - 7} pictures of an earlier run" in capsys.readouterr().err
     assert (tmp_path / "out/metrics.json").read_text() == first
+    run(*arguments, "--background-threshold", "0.1", "--limit", "1")
     run(*arguments, "--background-threshold", "0.1")  # other settings: all is done anew
     assert "earlier run" not in capsys.readouterr().err
+    path = tmp_path / "out/predictions/rotated.png"
+    path.write_bytes(path.read_bytes()[:60])  # a damaged one, too
+    run(*arguments, "--background-threshold", "0.1")
+    assert np.asarray(Image.open(path)).shape == (40, 30)
 
 
 def test_two_processes_give_the_metrics_of_one(voc, checkpoint, tmp_path):

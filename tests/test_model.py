@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from conftest import TINY
-from model import CLIP, Config, SegCLIP, assign_patches, sincos_positions
+from model import Config, SegCLIP, assign_patches, sincos_positions
 
 
 def one(noise, i):
