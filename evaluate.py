@@ -636,7 +636,10 @@ def main(argv=None):
     }
     mine = range(rank, count, world)
     shown, todo, score, labelled, examples = set(mine[:6]), [], Score(len(words)), 0, []
-    label_path = lambda i: output / "predictions" / f"{dataset.names[i]}.png"  # noqa: E731
+
+    def label_path(i):
+        return output / "predictions" / f"{dataset.names[i]}.png"
+
     keys = {i: prediction_key(record, dataset.picture_path(i)) for i in mine}
     for i in mine:  # what was done before with the very same settings and picture is not done again
         earlier = None if i in shown else read_prediction(label_path(i), keys[i])
