@@ -35,8 +35,8 @@ from losses import total_loss
 from model import Config, SegCLIP
 
 # The embedded default. Two parts of the paper's model are left out of it, the cross-attention layers and the blocks after
-# the group module: on pictures of 64 patches they let each region see all the others, the maximum over the regions never
-# asks which of them carries which word, and the words end up on the wrong regions. The README has the numbers.
+# the group module: with either, words ended up on the wrong regions (the README has the numbers). Perhaps because on 64
+# patches they let each region see all the others, and the maximum over the regions never asks which carries which word.
 SMALL = Config(
     image_size=64,
     patch_size=8,
