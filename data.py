@@ -386,7 +386,7 @@ def from_one(n):
 
 # The raw COCO-Stuff maps have the category's number less one: 80 things below 90, 91 stuffs from 91 to 181.
 COCO_THINGS = sorted(set(range(90)) - {11, 25, 28, 29, 44, 65, 67, 68, 70, 82})
-COCO_RAW = COCO_THINGS + list(range(91, 182))
+COCO_STUFF_TABLE = value_table({v: i for i, v in enumerate([*COCO_THINGS, *range(91, 182)])})
 # Everything but an object is background here, the unlabelled pixels too: none is left out of the score.
 COCO_OBJECT_TABLE = value_table({255: 0} | {v: 0 for v in range(91, 182)} | {v: 1 + i for i, v in enumerate(COCO_THINGS)})
 CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)  # the 19 that are scored
@@ -495,8 +495,8 @@ BENCHMARKS = {
         ".jpg",
         (
             ("annotations/val2017", "_labelTrainIds.png", identity(171)),
-            ("annotations/val2017", ".png", value_table({v: i for i, v in enumerate(COCO_RAW)})),
-            ("stuffthingmaps/val2017", ".png", value_table({v: i for i, v in enumerate(COCO_RAW)})),
+            ("annotations/val2017", ".png", COCO_STUFF_TABLE),
+            ("stuffthingmaps/val2017", ".png", COCO_STUFF_TABLE),
         ),
         usual_root="coco_stuff164k",
     ),

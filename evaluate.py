@@ -297,7 +297,8 @@ class Segmenter:
             region_map = regions.new_zeros(size)
             for i, (y, x) in enumerate(starts):
                 here = (..., slice(y, y + window), slice(x, x + window))
-                canvas[here] += scores[first + i][regions[first + i]].permute(2, 0, 1)  # [window, window, channels] -> ...
+                of_pixels = scores[first + i][regions[first + i]]  # [L, channels] -> [window, window, channels]
+                canvas[here] += of_pixels.permute(2, 0, 1)  # -> [channels, window, window]
                 count[here] += 1
                 region_map[here] = regions[first + i] + i * self.model.config.num_centers
             first += len(starts)
@@ -307,10 +308,7 @@ class Segmenter:
             else:
                 # The softmax changes no argmax but that of values that it rounds to the same: the authors' way with near ties.
                 label = full.softmax(dim=0).argmax(dim=0)
-            result = sample, label.byte().cpu().numpy(), region_map.cpu().numpy(), full
-            del canvas, full, label  # the largest things here: gone before the next picture's
-            yield result
-            del result
+            yield sample, label.byte().cpu().numpy(), region_map.cpu().numpy(), full
 
 
 class Seen(torch.utils.data.Dataset):

@@ -50,7 +50,10 @@ def encoder_work(model):
     """Multiplications and additions of one window: the matrix products of every linear layer, and of attention."""
     c = model.config
     N, D, L = (c.image_size // c.patch_size) ** 2, c.vision_width, c.num_centers
-    block = lambda tokens: 2 * 12 * tokens * D**2 + 4 * tokens**2 * D  # noqa: E731
+
+    def block(tokens):
+        return 2 * 12 * tokens * D**2 + 4 * tokens**2 * D
+
     first, third = c.first_stage_layers * block(N), (c.vision_layers - c.first_stage_layers) * block(L)
     cross = c.cross_layers * 2 * (2 * (N + L) + 10 * L) * D**2
     return 2 * N * 3 * c.patch_size**2 * D + first + third + cross
