@@ -183,6 +183,8 @@ class Tokenizer:
             if best not in self.rank:
                 break
             symbols = merge_pair(symbols, best)
+        if len(self.cache) > 100_000:  # the web has words without end
+            self.cache = {token: self.cache[token] for token in (self.START, self.END)}
         self.cache[word] = [self.ids[symbol] for symbol in symbols]
         return self.cache[word]
 
@@ -479,44 +481,78 @@ def segclip_config(state, first_stage_layers, source):
     )
 
 
-def load_segclip(path_or_clip, from_clip=True):
+def load_segclip(path_or_clip, from_clip=True, **sizes):
     """-> SegCLIP in float32, from our checkpoint, the authors' segclip.bin (with or without its decoder), or a CLIP.
 
     A CLIP (the object, one of OpenAI's names, or a file) is something to start training from: what SegCLIP adds to it is
-    new, at random, and goes before its last two blocks, as in the paper. from_clip=False refuses it. Raises InputError.
+    new, at random, and goes before its last two blocks, as in the paper. from_clip=False refuses it.
+    sizes: fields of Config for what the weights do not decide: all that SegCLIP adds to a CLIP; gumbel_tau and mask_ratio
+        of a SegCLIP (others are ignored). Raises InputError.
     """
     if isinstance(path_or_clip, CLIP):
-        return segclip_from_clip(path_or_clip, "CLIP")
+        return segclip_from_clip(path_or_clip, "CLIP", sizes)
     state = read_weights(fetch(path_or_clip) if path_or_clip in DOWNLOADS else path_or_clip)
+    free = {name: sizes[name] for name in ("gumbel_tau", "mask_ratio") if name in sizes}
     if "config" in state and "model" in state:
         try:
-            model = SegCLIP(Config(**state["config"]))
+            model = SegCLIP(Config(**state["config"] | free))
         except (TypeError, ValueError) as error:
             raise InputError(f"{path_or_clip}: made by another version of this project ({error})") from None
         return load_strictly(model, state["model"], path_or_clip)
     if count_layers(state, "clip.visual.transformer.layers0."):
         state, first_stage_layers = from_authors(state)
-        model = SegCLIP(segclip_config(state, first_stage_layers, path_or_clip))
+        model = SegCLIP(dataclasses.replace(segclip_config(state, first_stage_layers, path_or_clip), **free))
         return load_strictly(model, state, path_or_clip, new=["decoder."])
     clip = clip_from_state(state, path_or_clip)
     if not from_clip:
         raise InputError(f"{path_or_clip}: a CLIP, which has no semantic group module; a trained SegCLIP is needed")
-    return segclip_from_clip(clip, path_or_clip)
+    return segclip_from_clip(clip, path_or_clip, sizes)
 
 
-def segclip_from_clip(clip, source):
+def segclip_from_clip(clip, source, sizes):
     state = {f"clip.{name}": tensor for name, tensor in clip.state_dict().items()}
     new = ["group.", "reconstruction_layer.", "reconstruction_blocks.", "decoder."]
-    return load_strictly(SegCLIP(clip.config), state, source, new)
+    return load_strictly(SegCLIP(dataclasses.replace(clip.config, **sizes)), state, source, new)
 
 
-def save_checkpoint(path, model, **others):
+def save_checkpoint(path, model, keep=1, **others):
     """Write a checkpoint that load_segclip reads. Atomic: `path` holds the old one or the new one, never a part.
 
+    The `keep` last ones are kept: checkpoint.pt, before it checkpoint.1.pt, and so on.
     `others` are entries beside the model's: tensors, numbers, strings, lists and dictionaries of those.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".part")
-    torch.save({"model": model.state_dict(), "config": dataclasses.asdict(model.config), **others}, partial)
+    with open(partial, "wb") as file:
+        torch.save({"model": model.state_dict(), "config": dataclasses.asdict(model.config), **others}, file)
+        file.flush()
+        os.fsync(file.fileno())  # so that the name never comes to the disk before the numbers
+    for i in range(keep - 1, 0, -1):
+        if numbered(path, i - 1).exists():
+            os.replace(numbered(path, i - 1), numbered(path, i))
     os.replace(partial, path)
+
+
+def numbered(path, i):
+    """checkpoint.pt, checkpoint.1.pt, checkpoint.2.pt, ...: the newest first."""
+    return path.with_suffix(f".{i}{path.suffix}") if i else path
+
+
+def last_checkpoint(path):
+    """The newest of the numbered checkpoints that can be read -> (its content, its path), or (None, None) if there is none.
+
+    Raises InputError if there are some, but all are damaged.
+    """
+    damage, i = None, 0
+    while i == 0 or numbered(path, i).exists() or numbered(path, i + 1).exists():
+        if numbered(path, i).exists():
+            try:
+                return read_weights(numbered(path, i)), numbered(path, i)
+            except InputError as error:
+                damage = error
+                print(f"{error}; trying the one before it", file=sys.stderr)
+        i += 1
+    if damage:
+        raise damage
+    return None, None

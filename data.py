@@ -1,15 +1,35 @@
-"""What goes in: image-text pairs with superpixels for training, pictures with label maps for evaluation."""
+"""What goes in: image-text pairs with superpixels for training, pictures with label maps for evaluation.
 
+python data.py superpixels --data "cc3m/{00000..00331}.tar"      computes their superpixels once; training then finds them
+"""
+
+import argparse
+import csv
+import datetime
+import functools
+import glob
+import hashlib
+import io
+import json
 import math
+import os
+import re
+import signal
+import sys
+import tarfile
+import time
+import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image, ImageOps
 from skimage.segmentation import felzenszwalb
+from torch.utils.data import DataLoader
 
-from clip_loader import InputError
+from clip_loader import InputError, cache_dir, first_line, make_folder
 
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training pictures
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -20,6 +40,20 @@ class Sample(NamedTuple):
     label: np.ndarray | None  # uint8 [H, W], the class of each pixel; 255 is not scored. Never seen in training.
     name: str
     caption: str = ""
+    segments: object = None  # int [h, w], superpixels computed before; a Fault if they should be there and are not
+
+
+class Fault(Exception):
+    """One pair cannot be used, or not as it should be: it is counted, and training goes on. `kind` is one of KINDS."""
+
+    KINDS = ("broken picture", "no caption", "caption not in UTF-8", "unreadable shard", "missing superpixels")
+
+    def __init__(self, kind, name, reason=""):
+        super().__init__(kind, name, reason)  # the arguments are what crosses to another process
+        self.kind, self.text = kind, f"{name}" + (f" ({reason})" if reason else "")
+
+    def __str__(self):
+        return f"{self.kind}: {self.text}"
 
 
 def normalise(image):
@@ -147,10 +181,11 @@ class SyntheticScenes:
     def __init__(self, size, seed=0, split="train"):
         self.size = size
         self.key = [seed, ["train", "val"].index(split)]
+        self.length = 1_000_000 if split == "train" else 500  # an epoch; there is a scene for every number
         self.y, self.x = np.mgrid[:size, :size]
 
     def __len__(self):
-        return 500  # as many as are scored; there is a scene for every number
+        return self.length
 
     @property
     def names(self):
@@ -217,83 +252,32 @@ class SyntheticScenes:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Superpixels, and crops that keep them aligned
-
-
-def superpixels(picture, patch_size):
-    """Felzenszwalb's segments of a picture uint8 [H, W, 3] -> int [H, W]. Settings of the authors, who have P = 16."""
-    return felzenszwalb(picture, scale=224, sigma=0.9, min_size=patch_size**2 * 7 // 8)
-
-
-def patch_labels(segments, patch_size):
-    """The super-patch that each patch belongs to (Section 2.4): the floor of the mean superpixel id. [H, W] -> [N].
-
-    Ids are names and not quantities, so a patch between superpixels 2 and 8 joins superpixel 5, a stranger. We follow the
-    paper.
-    """
-    height, width = segments.shape
-    patches = segments.reshape(height // patch_size, patch_size, width // patch_size, patch_size)
-    return patches.mean(axis=(1, 3)).astype(np.int64).ravel()
-
-
-def random_resized_crop(picture, segments, size, rng, scale):
-    """A random part of the picture, at least `scale` of its area, and the same part of its superpixels, size x size."""
-    height, width = segments.shape
-    for _ in range(10):
-        area, ratio = height * width * rng.uniform(scale, 1), math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
-        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        if w <= width and h <= height:
-            break
-    else:  # too long for any of these: as much of it as the ratio allows
-        w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
-    left, top = rng.randint(width - w + 1), rng.randint(height - h + 1)
-    box = (left, top, left + w, top + h)
-    picture = Image.fromarray(picture).resize((size, size), Image.BICUBIC, box)
-    segments = Image.fromarray(segments.astype(np.int32)).resize((size, size), Image.NEAREST, box)
-    return np.asarray(picture), np.asarray(segments)
-
-
-class TrainingPairs(torch.utils.data.Dataset):
-    """What a step of training sees: pair i is (picture uint8 [3, H, W], super-patches [N], token ids [T]).
-
-    `source[i]` is a Sample. Pair i is the same whoever asks for it and when.
-    """
-
-    def __init__(self, source, tokenizer, config, crop_scale, seed):
-        self.source, self.tokenizer, self.config, self.crop_scale, self.seed = (
-            source,
-            tokenizer,
-            config,
-            crop_scale,
-            seed,
-        )
-
-    def __getitem__(self, index):
-        sample, rng = self.source[index], np.random.RandomState([self.seed, index])
-        size, patch_size = self.config.image_size, self.config.patch_size
-        segments = superpixels(sample.picture, patch_size)
-        picture, segments = random_resized_crop(sample.picture, segments, size, rng, self.crop_scale)
-        text = self.tokenizer(sample.caption, self.config.context_length)[0]
-        return torch.tensor(picture).permute(2, 0, 1), torch.tensor(patch_labels(segments, patch_size)), text
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Pictures as people have them
 
 UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises on a damaged file
 
 
+def decode_picture(file, shortest=None):
+    """A path or an open file -> uint8 [H, W, 3], as a viewer would show it. Raises one of UNREADABLE.
+
+    With `shortest`, a JPEG may come at a half, a quarter or an eighth of its size, sides no shorter than this: much faster.
+    """
+    with Image.open(file) as image:
+        if shortest:
+            image.draft(None, (shortest, shortest))
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):  # 16-bit grey, which convert() would cut off at 255
+            image = Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return np.asarray(image.convert("RGB"))
+
+
 def read_picture(path):
-    """Any picture file -> uint8 [H, W, 3], as a viewer would show it. Raises InputError."""
+    """Any picture file -> uint8 [H, W, 3]. Raises InputError."""
     try:
-        with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):  # 16-bit grey, which convert() would cut off at 255
-                image = Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8))
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return np.asarray(image.convert("RGB"))
+        return decode_picture(path)
     except FileNotFoundError:
         raise InputError(f"{path}: no such picture") from None
     except UNREADABLE as error:
@@ -353,6 +337,513 @@ def resize_bilinear(image, height, width):
     rows = image[:, x] * a0 + image[:, right] * a1  # [H, width, 3]
     above, below = rows[y.clip(0, len(rows) - 1)] >> 4, rows[(y + 1).clip(0, len(rows) - 1)] >> 4
     return ((((b0 * above) >> 16) + ((b1 * below) >> 16) + 2) >> 2).astype(np.uint8)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Superpixels, and crops that keep them aligned
+
+
+def superpixels(picture, image_size, patch_size):
+    """Felzenszwalb's segments of a picture uint8 [H, W, 3], its short side reduced to image_size -> int [h, w].
+
+    The settings are the authors', who have 224 and 16.
+    """
+    height, width = reduced_size(*picture.shape[:2], image_size)
+    if (height, width) != picture.shape[:2]:
+        picture = np.asarray(Image.fromarray(picture).resize((width, height), Image.BICUBIC))
+    return felzenszwalb(picture, scale=224, sigma=0.9, min_size=patch_size**2 * 7 // 8)
+
+
+def reduced_size(height, width, short_side):
+    """The size with this short side; the long one is at most eight times as long, whatever the picture."""
+    scale = short_side / min(height, width)
+    return tuple(min(max(round(scale * side), short_side), 8 * short_side) for side in (height, width))
+
+
+def patch_labels(segments, patch_size, rule="floor"):
+    """The super-patch that each patch belongs to (Section 2.4): [H, W] -> [N], by one of two rules.
+
+    "floor" is the paper's: the floor of the mean superpixel id. But ids are names and not quantities, so a patch between
+    superpixels 2 and 8 joins superpixel 5, a stranger. "majority" takes the id that most of the patch's pixels have.
+    """
+    height, width = segments.shape
+    patches = segments.reshape(height // patch_size, patch_size, width // patch_size, patch_size)
+    if rule == "floor":
+        return patches.mean(axis=(1, 3)).astype(np.int64).ravel()
+    ids = patches.transpose(0, 2, 1, 3).reshape(-1, patch_size**2).astype(np.int64)  # [N, P*P]
+    num_ids = ids.max() + 1
+    counts = np.bincount((ids + num_ids * np.arange(len(ids))[:, None]).ravel(), minlength=len(ids) * num_ids)
+    return counts.reshape(len(ids), num_ids).argmax(axis=1)
+
+
+def random_resized_crop(picture, segments, size, rng, scale):
+    """A random part of the picture, at least `scale` of its area, and the same part of its superpixels, size x size."""
+    height, width = picture.shape[:2]
+    for _ in range(10):
+        area, ratio = height * width * rng.uniform(scale, 1), math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            break
+    else:  # too long for any of these: as much of it as the ratio allows
+        w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
+    left, top = rng.randint(width - w + 1), rng.randint(height - h + 1)
+    picture = Image.fromarray(picture).resize((size, size), Image.BICUBIC, (left, top, left + w, top + h))
+    x, y = segments.shape[1] / width, segments.shape[0] / height  # superpixels are those of a reduced picture
+    box = (left * x, top * y, (left + w) * x, (top + h) * y)
+    segments = Image.fromarray(segments.astype(np.int32)).resize((size, size), Image.NEAREST, box)
+    return np.asarray(picture), np.asarray(segments)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Image-text pairs, as training sees them
+
+SHUFFLE_CHUNK, SHUFFLE_BUFFER = 10_000, 50_000  # pairs
+
+
+def shuffled(sizes, seed, start=0):
+    """The order of training, without end: indices of the pairs of sources (or shards) of these sizes, from `start` on.
+
+    Each epoch has another order: the shards are shuffled (large sources count as several), then the pairs of as many
+    shards as fill a buffer. So only a few shards are in use at a time. It is a function of the seed and of nothing else:
+    not of the number of processes or workers, and not of where a run was interrupted.
+    """
+    chunks = []  # (first index, last + 1)
+    for end, size in zip(np.cumsum(sizes).tolist(), sizes):
+        chunks += [(first, min(first + SHUFFLE_CHUNK, end)) for first in range(end - size, end, SHUFFLE_CHUNK)]
+    epoch, skip = divmod(start, sum(sizes))
+    while True:
+        rng, buffer = np.random.RandomState([seed, epoch]), []
+        order = rng.permutation(len(chunks))
+        for n, chunk in enumerate(order, 1):
+            buffer.append(np.arange(*chunks[chunk]))
+            if sum(map(len, buffer)) >= SHUFFLE_BUFFER or n == len(order):
+                indices = rng.permutation(np.concatenate(buffer))
+                yield from indices[skip:].tolist()
+                skip, buffer = max(0, skip - len(indices)), []
+        epoch += 1
+
+
+class Batches:
+    """What a DataLoader of TrainingPairs asks for: of each step's batch, this process's rows, as (place, index) pairs."""
+
+    def __init__(self, sizes, seed, batch_size, rows, steps):
+        self.sizes, self.seed, self.batch_size, self.rows, self.steps = sizes, seed, batch_size, rows, steps
+
+    def __iter__(self):
+        place = self.steps.start * self.batch_size
+        order = shuffled(self.sizes, self.seed, place)
+        for _ in self.steps:
+            batch = [(place + i, next(order)) for i in range(self.batch_size)]
+            place += self.batch_size
+            yield batch[self.rows]
+
+
+class TrainingPairs(torch.utils.data.Dataset):
+    """pairs[place, index] is pair `index` of the source, as it is seen at this place of the order of training:
+
+    picture uint8 [P, P, 3] (P = image_size), super-patches int [N], token ids [T], and the faults met: (kind, text), ...
+    `source[i]` is a Sample, or raises a Fault; then another pair, chosen at random, stands in. What is seen at a place
+    depends on nothing else: not on who asks, nor when, nor on faults elsewhere.
+    """
+
+    def __init__(self, source, tokenizer, config, crop_scale=1.0, seed=0, text_length=None, rule="floor"):
+        self.source, self.tokenizer, self.config, self.crop_scale = source, tokenizer, config, crop_scale
+        self.seed, self.text_length, self.rule = seed, text_length or config.context_length, rule
+
+    def __getitem__(self, key):
+        place, index = key
+        size, patch_size = self.config.image_size, self.config.patch_size
+        rng, faults = np.random.RandomState([self.seed, place]), []
+        sample = None
+        while sample is None:
+            try:
+                sample = self.source[index]
+            except Fault as fault:
+                faults.append((fault.kind, str(fault)))
+                if len(faults) == 1000:
+                    raise InputError(f"1,000 pairs in a row cannot be used; the last: {fault}") from None
+                index = np.random.RandomState([self.seed, place, len(faults)]).randint(len(self.source))
+        segments = sample.segments
+        if isinstance(segments, np.ndarray) and segments.shape != reduced_size(*sample.picture.shape[:2], size):
+            segments = Fault("missing superpixels", sample.name, "those that are there are of another picture")
+        if isinstance(segments, Fault):
+            faults.append((segments.kind, str(segments)))
+        if not isinstance(segments, np.ndarray):
+            segments = superpixels(sample.picture, size, patch_size)
+        picture, segments = random_resized_crop(sample.picture, segments, size, rng, self.crop_scale)
+        superpatch = patch_labels(segments, patch_size, self.rule)
+        text = self.tokenizer(sample.caption, self.text_length)[0]
+        return torch.tensor(picture), torch.tensor(superpatch), text, faults
+
+
+def collate(items):
+    """Pairs -> picture uint8 [B, 3, H, W], super-patches [B, N], token ids [B, T], and all their faults."""
+    pictures, superpatches, texts, faults = zip(*items)
+    pictures = torch.stack(pictures).permute(0, 3, 1, 2)  # [B, H, W, 3] -> [B, 3, H, W]
+    return pictures, torch.stack(superpatches), torch.stack(texts), [fault for each in faults for fault in each]
+
+
+def ignore_signals(worker=None):
+    """Ctrl-C and SIGTERM reach a DataLoader's workers too, which are needed until the main process has saved its work."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Where pairs come from: tables of picture files, and tar shards
+
+
+def open_pairs(specs, config, seed, workers=0, max_faults=0.01, rank=0, world=1):
+    """What --data names -> a list of sources: each has a length, and its [i] is a Sample or raises a Fault.
+
+    spec: "synthetic"; a COCO captions JSON, a TSV, CSV or JSONL, with "=FOLDER" for its pictures; or tar shards,
+        "cc3m/{00000..00331}.tar" or with * and ?. Each of `world` processes reads its share of shards that have no index.
+    Raises InputError for what is not there, and when more than a share `max_faults` of the shards' pairs is lost.
+    """
+    sources, suffix = [], f".superpixels-{config.image_size}-{config.patch_size}"
+    for spec in specs:
+        path, _, folder = (spec, "", "") if Path(spec).is_file() else spec.partition("=")
+        if spec == "synthetic":
+            sources.append(SyntheticScenes(config.image_size, seed))
+        elif spec.endswith(".tar"):
+            sources += open_shards(spec, config.image_size, suffix, workers, max_faults, rank, world)
+        elif Path(path).suffix.lower() in (".json", ".jsonl", ".csv", ".tsv"):
+            sources.append(PairTable(Path(path), Path(folder or Path(path).parent), config.image_size, suffix))
+        else:
+            raise InputError(
+                f"--data {spec}: not one of synthetic, CAPTIONS.json=FOLDER, TABLE.tsv, .csv or .jsonl, or SHARDS.tar"
+            )
+    return sources
+
+
+def check_caption(caption, name):
+    """The caption, if it is one. Raises a Fault."""
+    if not isinstance(caption, str) or not caption.strip():
+        raise Fault("no caption", name)
+    if not caption.isascii() and any(0xD800 <= ord(letter) < 0xE000 for letter in caption):  # what UTF-8 could not read
+        raise Fault("caption not in UTF-8", name)
+    return caption
+
+
+def decode_for_training(file, name, image_size):
+    """uint8 [H, W, 3]; a JPEG is reduced while it is decoded, if most crops still have image_size pixels. Raises a Fault."""
+    try:
+        return decode_picture(file, image_size * 3 // 2)
+    except (*UNREADABLE, MemoryError) as error:
+        raise Fault("broken picture", name, first_line(error)) from None
+
+
+def decode_segments(file, name):
+    """Saved superpixels -> int [h, w], or the Fault of having none."""
+    try:
+        with Image.open(file) as image:
+            return np.asarray(image)
+    except UNREADABLE as error:
+        return Fault("missing superpixels", name, first_line(error))
+
+
+class PairTable:
+    """Picture files with a caption each, listed in one file. Raises InputError for a list that cannot be read.
+
+    A COCO captions JSON, or Karpathy's split of it (of which, as in the paper, "train" is used); or a TSV, CSV or JSONL
+    whose columns are a path and a caption, or are named so. Superpixels are sought in FOLDER.superpixels-SIZE-P/.
+    """
+
+    PATHS = ("path", "filepath", "file", "file_name", "filename", "image", "image_path")
+    CAPTIONS = ("caption", "title", "text")
+
+    def __init__(self, path, folder, image_size, suffix):
+        self.path, self.folder, self.image_size = path, folder, image_size
+        self.superpixels = Path(f"{folder.resolve()}{suffix}")
+        if not folder.is_dir():
+            raise InputError(f"{folder}: no such folder of pictures")
+        try:
+            with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+                rows = list(getattr(self, "read_" + path.suffix.lower()[1:])(file))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
+            raise InputError(f"{path}: not a list of pictures and captions ({first_line(error)})") from None
+        if not rows:
+            raise InputError(f"{path}: no pair of a picture and a caption in it")
+        # One string and its cuts, where a million small ones would be copied into each worker bit by bit.
+        rows = [json.dumps(row).encode() for row in rows]
+        self.rows, self.ends = b"".join(rows), np.cumsum([len(row) for row in rows])
+        self.order = np.random.RandomState(0).permutation(len(rows))  # COCO's five captions of a picture lie side by side
+
+    def read_json(self, file):
+        content = json.load(file)
+        if "annotations" in content:
+            names = {image["id"]: image["file_name"] for image in content["images"]}
+            return ((names[a["image_id"]], a["caption"]) for a in content["annotations"])
+        return (
+            (os.path.join(image.get("filepath", ""), image["filename"]), sentence["raw"])
+            for image in content["images"]
+            if image["split"] == "train"
+            for sentence in image["sentences"]
+        )
+
+    def read_jsonl(self, file):
+        for line in filter(str.strip, file):
+            row = json.loads(line)
+            yield self.find(row, self.PATHS), self.find(row, self.CAPTIONS)
+
+    @staticmethod
+    def find(row, names):
+        return next(row[name] for name in names if name in row)
+
+    def read_csv(self, file, **dialect):
+        rows = filter(None, csv.reader(file, **dialect))
+        first = next(rows, [])
+        lower = [cell.strip().lower() for cell in first]
+        if set(lower) & set(self.PATHS) and set(lower) & set(self.CAPTIONS):  # a header
+            places = [lower.index(self.find({name: name for name in lower}, names)) for names in (self.PATHS, self.CAPTIONS)]
+        else:
+            places = [0, 1]
+            yield first[0], first[1] if len(first) > 1 else ""
+        for row in rows:
+            yield tuple(row[place] if place < len(row) else "" for place in places)
+
+    def read_tsv(self, file):
+        return self.read_csv(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+
+    def __len__(self):
+        return len(self.ends)
+
+    def row(self, i):
+        """-> name of the picture, caption."""
+        return json.loads(self.rows[self.ends[i - 1] if i else 0 : self.ends[i]])
+
+    def __getitem__(self, i):
+        name, caption = self.row(self.order[i])
+        caption = check_caption(caption, name)
+        picture = self.picture(name)
+        there = self.superpixels.is_dir()
+        return Sample(picture, None, name, caption, decode_segments(self.saved(name), name) if there else None)
+
+    def picture(self, name):
+        return decode_for_training(self.folder / name, name, self.image_size)
+
+    def saved(self, name):
+        """The file of a picture's superpixels."""
+        return self.superpixels / "/".join([part for part in Path(f"{name}.png").parts if part not in ("/", "..")])
+
+    def unsegmented(self):
+        """Names of the pictures that have no superpixels yet."""
+        names = dict.fromkeys(self.row(i)[0] for i in range(len(self)))
+        return [name for name in names if not self.saved(name).exists()]
+
+    def save_superpixels(self, results):
+        """Writes what comes as (name, PNG as bytes) ..."""
+        for name, png in results:
+            make_folder(self.saved(name).parent)
+            partial = self.saved(name).with_suffix(".part")
+            partial.write_bytes(png)
+            os.replace(partial, self.saved(name))
+
+
+class TarShard:
+    """The pairs of one tar as img2dataset writes it: NAME.jpg (.png, .webp), and NAME.txt or NAME.json with a "caption".
+
+    Pairs are read where they lie, through an index that is made once and kept as NAME.index.npz beside the tar (or, where
+    that cannot be written, in the cache). Superpixels are sought in NAME.superpixels-SIZE-P.zip.
+    """
+
+    def __init__(self, path, image_size, suffix):
+        self.path, self.image_size = path, image_size
+        self.superpixels = path.with_suffix(suffix + ".zip")
+        names, _, self.complete = shard_index(path)
+        self.length = len(names)
+
+    def __len__(self):
+        return self.length
+
+    def reader(self):
+        try:
+            return ShardReader.of(self.path, self.superpixels, os.getpid())
+        except (OSError, tarfile.TarError) as error:
+            raise Fault("unreadable shard", self.path, first_line(error)) from None
+
+    def __getitem__(self, i):
+        reader = self.reader()
+        name, place = reader.entry(i)
+        name, caption = f"{self.path}/{name}", reader.read(place[2:4])
+        if place[4]:
+            try:
+                caption = json.loads(caption)["caption"]
+            except (ValueError, KeyError, TypeError):
+                caption = None
+        else:
+            caption = caption.decode(errors="surrogateescape")
+        caption = check_caption(caption, name)
+        return Sample(self.picture(i), None, name, caption, reader.segments(i))
+
+    def picture(self, i):
+        reader = self.reader()
+        name, place = reader.entry(i)
+        return decode_for_training(io.BytesIO(reader.read(place[:2])), f"{self.path}/{name}", self.image_size)
+
+    def unsegmented(self):
+        """Numbers of the pictures that have no superpixels yet: all or none."""
+        return [] if self.superpixels.exists() else range(len(self))
+
+    def save_superpixels(self, results):
+        """Writes what comes as (number, PNG as bytes) ... into a zip, when all of it has come."""
+        partial, reader = self.superpixels.with_suffix(".part"), self.reader()
+        with zipfile.ZipFile(partial, "w") as archive:
+            for i, png in results:
+                archive.writestr(reader.entry(i)[0] + ".png", png)
+        os.replace(partial, self.superpixels)
+
+
+class ShardReader:
+    """An open tar, its index, and its superpixels where there are some."""
+
+    def __init__(self, path, superpixels):
+        self.path, self.file = path, open(path, "rb")
+        self.names, self.places, _ = shard_index(path)
+        try:
+            self.zip = zipfile.ZipFile(superpixels) if superpixels.exists() else None
+        except (OSError, zipfile.BadZipFile) as error:
+            self.zip = Fault("missing superpixels", superpixels, first_line(error))
+
+    @staticmethod
+    @functools.lru_cache(maxsize=64)
+    def of(path, superpixels, process):
+        """The reader of a shard, from those in use; processes share none, because a zip has one position in its file."""
+        return ShardReader(path, superpixels)
+
+    def entry(self, i):
+        if i >= len(self.names):
+            raise Fault("unreadable shard", self.path, "it has fewer pairs than at the start")
+        return self.names[i].decode(errors="replace"), self.places[i].tolist()
+
+    def read(self, place):
+        offset, size = place
+        return os.pread(self.file.fileno(), size, offset)
+
+    def segments(self, i):
+        if not isinstance(self.zip, zipfile.ZipFile):
+            return self.zip
+        name = self.entry(i)[0] + ".png"
+        try:
+            return decode_segments(io.BytesIO(self.zip.read(name)), f"{self.path}/{name}")
+        except (KeyError, OSError, zipfile.BadZipFile) as error:
+            return Fault("missing superpixels", f"{self.path}/{name}", first_line(error))
+
+
+def shard_index(path):
+    """The index of a tar: names [n], places [n, 5] (see scan_tar), and whether it is complete; made if there is none."""
+    stat = os.stat(path)
+    stamp = [stat.st_size, stat.st_mtime_ns]
+    digest = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
+    kept = (path.with_suffix(".index.npz"), cache_dir() / "shards" / f"{digest}.npz")
+    for index in kept:
+        try:
+            with np.load(index, allow_pickle=False) as saved:
+                if saved["stamp"].tolist() == stamp:
+                    return saved["names"], saved["places"], bool(saved["complete"])
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            pass
+    names, places, complete = scan_tar(path, stat.st_size)
+    for index in kept:
+        try:
+            index.parent.mkdir(parents=True, exist_ok=True)
+            partial = index.with_suffix(f".{os.getpid()}.part")
+            with open(partial, "wb") as file:
+                np.savez(file, names=names, places=places, complete=complete, stamp=stamp)
+            os.replace(partial, index)
+            break
+        except OSError:
+            continue
+    return names, places, complete
+
+
+def scan_tar(path, size):
+    """-> names [n] of its pairs; where each lies, int [n, 5]: picture's offset and size, caption's offset and size, and
+    whether that is JSON; and whether the tar has its end. Raises OSError or tarfile.TarError for what is no tar."""
+    entries, complete = {}, True
+    with tarfile.open(path, "r:") as tar:
+        while True:
+            try:
+                member = tar.next()
+            except tarfile.TarError:
+                member, complete = None, False
+            tar.members.clear()
+            if member is None:
+                break
+            folder, base = os.path.split(member.name)
+            stem, _, kind = base.partition(".")  # as in webdataset, the name ends at the first dot
+            if not member.isfile() or member.offset_data + member.size > size:
+                continue
+            entry, kind = entries.setdefault(os.path.join(folder, stem), [0] * 5), kind.lower()
+            if f".{kind}" in IMAGE_SUFFIXES:
+                entry[:2] = member.offset_data, member.size
+            elif kind == "txt" or kind == "json" and not entry[3]:
+                entry[2:] = member.offset_data, member.size, kind == "json"
+        with open(path, "rb") as file:
+            end = os.pread(file.fileno(), 512, tar.offset)
+    names = np.array([name.encode(errors="surrogateescape") for name in entries], "S")
+    return names, np.array(list(entries.values()), np.int64).reshape(-1, 5), complete and end == bytes(512)
+
+
+def expand(pattern):
+    """ "cc3m/{00000..00331}.tar" -> its 332 paths; * and ? stand for what is there. Raises InputError for none."""
+    if braces := re.search(r"\{(\d+)\.\.(\d+)\}", pattern):
+        first, last = braces[1], braces[2]
+        numbers = [str(n).zfill(len(first)) for n in range(int(first), int(last) + 1)]
+        return [path for n in numbers for path in expand(pattern[: braces.start()] + n + pattern[braces.end() :])]
+    paths = sorted(glob.glob(pattern)) if any(c in pattern for c in "*?[") else [pattern]
+    if not paths:
+        raise InputError(f"--data {pattern}: there is no such file")
+    return [Path(path) for path in paths]
+
+
+class Shards(torch.utils.data.Dataset):
+    """The TarShard of each path, or the reason why there is none; a Dataset so that many workers make the indices."""
+
+    def __init__(self, paths, image_size, suffix):
+        self.paths, self.settings = paths, (image_size, suffix)
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, i):
+        try:
+            return TarShard(self.paths[i], *self.settings)
+        except (OSError, tarfile.TarError) as error:
+            return first_line(error)
+
+
+def unchanged(item):
+    return item
+
+
+def open_shards(pattern, image_size, suffix, workers, max_faults, rank, world):
+    paths = expand(pattern)
+    if world > 1:  # each process makes its share of the indices; then all find all
+        for _ in DataLoader(Shards(paths[rank::world], image_size, suffix), None, num_workers=workers, collate_fn=unchanged):
+            pass
+        dist.barrier()
+    loader, shards, damaged = Shards(paths, image_size, suffix), [], []
+    loader, last_line = DataLoader(loader, None, num_workers=workers, collate_fn=unchanged), time.time()
+    for n, (path, shard) in enumerate(zip(paths, loader), 1):
+        if isinstance(shard, TarShard) and len(shard):
+            shards.append(shard)
+        if not isinstance(shard, TarShard) or not shard.complete:
+            damaged.append(f"{path} ({'it is cut off' if isinstance(shard, TarShard) else shard})")
+        if rank == 0 and time.time() - last_line > 5:
+            last_line = time.time()
+            print(f"{n} of {len(paths)} shards have an index", file=sys.stderr)
+    whole = [len(shard) for shard in shards if shard.complete]
+    if not whole:
+        raise InputError(f"--data {pattern}: no shard is whole: {', '.join(damaged[:3])}")
+    found, expected = sum(map(len, shards)), len(paths) * sum(whole) / len(whole)
+    if damaged:
+        line = f"{len(damaged)} of {len(paths)} shards are missing or damaged: {', '.join(damaged[:3])}"
+        if found < (1 - max_faults) * expected:
+            raise InputError(f"{line}; more than {100 * max_faults:g} % of the pairs are lost (--max-faults)")
+        if rank == 0:
+            print(f"unreadable shard: {line}; the others are used", file=sys.stderr)
+    return shards
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -609,3 +1100,81 @@ def read_lines(path):
         return [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not a list of names ({error})") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The program: superpixels computed once
+
+
+class SuperpixelJobs(torch.utils.data.Dataset):
+    """For each of a source's pictures: what the source calls it, and its superpixels as a PNG, or the Fault of it."""
+
+    def __init__(self, source, todo, image_size, patch_size):
+        self.source, self.todo, self.sizes = source, todo, (image_size, patch_size)
+
+    def __len__(self):
+        return len(self.todo)
+
+    def __getitem__(self, i):
+        try:
+            segments = superpixels(self.source.picture(self.todo[i]), *self.sizes)
+        except Fault as fault:
+            return self.todo[i], fault
+        png = io.BytesIO()
+        Image.fromarray(segments.astype(np.uint8 if segments.max() < 256 else np.uint16)).save(png, "PNG")
+        return self.todo[i], png.getvalue()
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Compute the superpixels of training pictures once. [x] is the default.")
+    parser.add_argument("what", choices=["superpixels"])
+    parser.add_argument("--data", nargs="+", required=True, help="as for train.py")
+    parser.add_argument("--image-size", type=int, default=224, help="of the model that they are for [%(default)s]")
+    parser.add_argument("--patch-size", type=int, default=16, help="of the model that they are for [%(default)s]")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that compute [%(default)s]")
+    args = parser.parse_args(argv)
+    sizes = args.image_size, args.patch_size
+    if min(sizes) < 1 or args.workers < 0:
+        raise InputError("--image-size and --patch-size must be at least 1, --workers at least 0")
+    sources = open_pairs(args.data, argparse.Namespace(image_size=sizes[0], patch_size=sizes[1]), 0, args.workers, 1.0)
+    pictures = size = broken = 0
+    start = last_line = time.time()
+
+    def counted(results):
+        nonlocal pictures, size, broken, last_line
+        for name, result in results:
+            if isinstance(result, Fault):
+                broken += 1
+                print(result, file=sys.stderr)
+                continue
+            pictures, size = pictures + 1, size + len(result)
+            yield name, result
+            if time.time() - last_line > 5:
+                last_line = time.time()
+                rate = pictures / (last_line - start)
+                left = max(n - pictures - broken - skipped, 0) / rate
+                eta = datetime.timedelta(seconds=round(left))
+                print(f"{pictures} pictures of at most {n - skipped}, {rate:.0f} a second, ETA {eta}", file=sys.stderr)
+
+    sources = [source for source in sources if not isinstance(source, SyntheticScenes)]  # drawn anew each time
+    n, skipped = sum(map(len, sources)), 0
+    for source in sources:
+        todo = source.unsegmented()
+        if not todo:
+            skipped += len(source)
+            continue
+        jobs = SuperpixelJobs(source, todo, *sizes)
+        source.save_superpixels(counted(DataLoader(jobs, None, num_workers=args.workers, collate_fn=unchanged)))
+    print(
+        f"superpixels of {pictures} pictures in {time.time() - start:.0f} s, {size / max(pictures, 1):.0f} bytes each; "
+        f"{broken} broken pictures have none; {skipped} pairs had theirs"
+    )
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as error:
+        sys.exit(f"data.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("data.py: stopped; the same command goes on from here")

@@ -36,6 +36,7 @@ from data import (
     normalise,
     read_lines,
     resize_bilinear,
+    unchanged,
 )
 
 DEFAULT_CHECKPOINT = "runs/synthetic/checkpoint.pt"
@@ -326,10 +327,6 @@ class Seen(torch.utils.data.Dataset):
         return sample, resize_bilinear(sample.picture, height, width)
 
 
-def unchanged(item):
-    return item
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The metric
 
@@ -608,6 +605,20 @@ def main(argv=None):
         raise InputError(
             f"{args.checkpoint}: made for {model.config.vocab_size} tokens, but the vocabulary has {tokenizer.vocab_size}"
         )
+    sha256 = hashlib.sha256(Path(args.checkpoint).read_bytes()).hexdigest()
+    metrics = evaluate(args, model, tokenizer, rank, world, {"checkpoint": str(args.checkpoint), "checkpoint_sha256": sha256})
+    if world > 1:
+        dist.destroy_process_group()
+    if rank == 0 and metrics:
+        report(metrics)
+
+
+def evaluate(args, model, tokenizer, rank, world, origin):
+    """Label what the flags name, each process its share, and write it -> metrics of all of it on process 0, where labelled.
+
+    origin: what tells this model from others, for metrics.json and for knowing earlier predictions. Raises InputError.
+    """
+    device = model.clip.logit_scale.device
     dataset = open_dataset(args, model.config.image_size)
     settings = choose_settings(args, dataset, model.config.image_size)
     check(args, settings, model.config.patch_size)
@@ -626,8 +637,7 @@ def main(argv=None):
         "dataset": kind,
         "data": source and str(Path(source).resolve()),
         "seed": args.seed if kind == "synthetic" else None,
-        "checkpoint": str(args.checkpoint),
-        "checkpoint_sha256": hashlib.sha256(Path(args.checkpoint).read_bytes()).hexdigest(),
+        **origin,
         "git": git_revision(),
         "precision": args.precision,
         **vars(settings),
@@ -673,26 +683,31 @@ def main(argv=None):
     totals = torch.tensor([labelled, *score.counts.ravel()], device=device)
     if world > 1:
         dist.all_reduce(totals)
-        dist.destroy_process_group()
     if rank:
-        return
+        return None
     labelled, score.counts = totals[0].item(), totals[1:].cpu().numpy().reshape(score.counts.shape)
     draw_examples(examples, words, dataset.palette, output / "examples.png")
-    written = f"{output}/predictions/, {output}/examples.png"
+    written = [f"{output}/predictions/", f"{output}/examples.png"]
+    metrics = None
     if labelled:
-        iou = score.iou()
-        per_class = {word: None if np.isnan(value) else float(value) for word, value in zip(words, iou)}
+        per_class = {word: None if np.isnan(value) else float(value) for word, value in zip(words, score.iou())}
         metrics = score.summary() | {"IoU": per_class, "pictures": labelled, "limit": args.limit, **record}
         (output / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
-        for word, value in zip(words, iou):
-            print(f"{word:>20}  IoU " + ("     -" if np.isnan(value) else f"{100 * value:5.1f} %"))
-        summary = "  ".join(f"{name} {100 * metrics[name]:.2f} %" for name in ("mIoU", "mAcc", "aAcc"))
-        threshold = f"  background threshold {settings.background_threshold}" if has_background else ""
-        print(f"{summary}  over {labelled} pictures  protocol {settings.protocol}{threshold}")
-        written += f", {output}/metrics.json"
+        written.append(f"{output}/metrics.json")
     elif args.labels_dir:
         print(f"{args.labels_dir}: no label map has the name of a picture", file=sys.stderr)
-    print(f"wrote {written}")
+    print(f"wrote {', '.join(written)}", file=sys.stderr)
+    return metrics
+
+
+def report(metrics):
+    """Print what metrics.json says."""
+    for word, value in metrics["IoU"].items():
+        print(f"{word:>20}  IoU " + ("     -" if value is None else f"{100 * value:5.1f} %"))
+    summary = "  ".join(f"{name} {100 * metrics[name]:.2f} %" for name in ("mIoU", "mAcc", "aAcc"))
+    threshold = metrics["background_threshold"]
+    threshold = "" if threshold is None else f"  background threshold {threshold}"
+    print(f"{summary}  over {metrics['pictures']} pictures  protocol {metrics['protocol']}{threshold}")
 
 
 def raised(loader):

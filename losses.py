@@ -78,10 +78,14 @@ def reconstruction_loss(pixels, image, mask):
     return (error * mask).sum() / mask.sum().clamp(min=1)  # a picture of one patch hides none
 
 
-def total_loss(outputs, image, superpatch, reconstruction_weight=1.0, superpixel_weight=1.0):
-    """L_con + L_rec + L_sup (Eq. 7) of what SegCLIP's forward returns -> (total, {name: part before its weight})."""
-    parts = {"con": contrastive_loss(outputs["image_features"], outputs["text_features"], outputs["logit_scale"])}
-    total = parts["con"]
+def total_loss(outputs, image, superpatch, reconstruction_weight=1.0, superpixel_weight=1.0, con=None):
+    """L_con + L_rec + L_sup (Eq. 7) of what SegCLIP's forward returns -> (total, {name: part before its weight}).
+
+    con: the contrastive loss, if these rows are a part of a batch, and so cannot tell it.
+    """
+    if con is None:
+        con = contrastive_loss(outputs["image_features"], outputs["text_features"], outputs["logit_scale"])
+    parts, total = {"con": con}, con
     if "pixels" in outputs:
         parts["rec"] = reconstruction_loss(outputs["pixels"], image, outputs["mask"])
         total = total + reconstruction_weight * parts["rec"]

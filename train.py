@@ -1,38 +1,47 @@
 """Train SegCLIP on image-text pairs: contrastive, reconstruction and superpixel losses.
 
 python train.py                          a small model from scratch on synthetic scenes, minutes on two CPU cores
-torchrun --nproc_per_node=2 train.py     the same run, each batch split over two processes
+python train.py --recipe paper --data "cc3m/{00000..00331}.tar" dataset_coco.json=coco
+torchrun --nproc_per_node=8 train.py --recipe paper ...          the same run, each batch split over eight processes
 """
 
 import argparse
 import dataclasses
 import datetime
+import functools
 import json
 import math
 import os
+import shlex
+import signal
 import sys
 import time
+from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
+import evaluate
 from clip_loader import (
     InputError,
     Tokenizer,
     git_revision,
+    last_checkpoint,
+    load_segclip,
     load_strictly,
+    load_tokenizer,
     make_folder,
-    read_weights,
     save_checkpoint,
     start_processes,
 )
-from data import SyntheticScenes, TrainingPairs, normalise
-from losses import total_loss
-from model import Config, SegCLIP
+from data import Batches, Fault, TrainingPairs, collate, ignore_signals, normalise, open_pairs
+from losses import contrastive_loss, total_loss
+from model import Block, Config, SegCLIP
 
 # The embedded default. Two parts of the paper's model are left out of it, the cross-attention layers and the blocks after
 # the group module: with either, words ended up on the wrong regions (the README has the numbers). Perhaps because on 64
@@ -52,196 +61,573 @@ SMALL = Config(
     gumbel_tau=3.0,  # from scratch the scores are so far apart that 0.9 leaves the assignment hardly any gradient
     decoder_layers=1,
 )
+RECIPES = {
+    "small": {
+        "data": ["synthetic"],
+        "output": "runs/synthetic",
+        "vocabulary": "learned",
+        "steps": 1200,
+        "batch_size": 64,
+        "lr": 1e-3,
+        "warmup": 0.1,
+        "crop_scale": 1.0,
+    },
+    "paper": {  # Section 3.2; the warm-up, the decay and what is frozen are the authors' code's, of which the paper is silent
+        "output": "runs/paper",
+        "init": "ViT-B/16",
+        "freeze": True,
+        "vocabulary": "openai",
+        "text_length": 32,
+        "epochs": 10.0,
+        "batch_size": 768,
+        "lr": 4e-3,
+        "clip_lr": 4e-6,
+        "warmup": 0.15,
+        "crop_scale": 0.5,
+    },
+}
+SIZES = [field for field in dataclasses.fields(Config) if field.name != "vocab_size"]  # that one is the tokenizer's
+ADDED = ("first_stage_layers", "num_centers", "cross_layers", "gumbel_tau", "mask_ratio", "decoder_layers")
+# What the authors' program does not train when it starts from CLIP (the class token is not used at all).
+FROZEN = (
+    *("clip.visual.conv1.", "clip.visual.positional_embedding", "clip.visual.ln_pre."),
+    *("clip.token_embedding.", "clip.positional_embedding"),
+)
+# Flags with which a run may go on otherwise than it began: they change no number but by rounding, or none that counts.
+FREE = ("output", "resume", "save_every", "save_minutes", "keep", "evaluate", "eval_every", "log_every", "device", "workers")
+FREE += ("max_faults", "accumulate", "checkpoint_activations", "compile")
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] + " [x] is the default.")
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0] + " [x] is the default of the recipe.",
+        epilog='To see the defaults of the other recipe: "--recipe paper --help".',
+    )
     run = parser.add_argument_group("the run")
-    run.add_argument("--output", default="runs/synthetic", help="folder for checkpoint.pt and log.jsonl [%(default)s]")
-    run.add_argument("--resume", action="store_true", help="go on from OUTPUT/checkpoint.pt, with the same flags")
     run.add_argument(
-        "--save-every", type=int, default=200, help="steps between checkpoints; 0: only one at the end [%(default)s]"
+        "--recipe", choices=RECIPES, default="small", help="sets the defaults below: the minutes' one or the paper's"
     )
-    run.add_argument("--device", help="cpu, cuda, cuda:1, ... [a GPU if there is one]")
     run.add_argument(
-        "--precision", choices=("bf16", "fp32"), default="bf16", help="fp32 if bf16 is slow on your hardware [%(default)s]"
+        "--data",
+        nargs="+",
+        metavar="PAIRS",
+        help="one or more of: synthetic; CAPTIONS.json=FOLDER (COCO's or Karpathy's, and the folder of its pictures); a "
+        '.tsv, .csv or .jsonl of paths and captions (likewise); "SHARDS{000..331}.tar" of img2dataset [%(default)s]',
     )
-    run.add_argument("--workers", type=int, default=2, help="processes that prepare pairs; 0: none but this [%(default)s]")
-    run.add_argument("--seed", type=int, default=0, help="of the scenes, the initial weights and all noise [%(default)s]")
+    run.add_argument("--output", help="folder for checkpoint.pt and log.jsonl [%(default)s]")
+    run.add_argument("--resume", action="store_true", help="go on from OUTPUT's last good checkpoint, if there is one")
+    run.add_argument("--save-every", type=int, default=200, metavar="STEPS", help="between checkpoints; 0: none [%(default)s]")
+    run.add_argument("--save-minutes", type=float, default=15, metavar="M", help="between checkpoints at most [%(default)s]")
+    run.add_argument("--keep", type=int, default=2, help="checkpoints: checkpoint.pt, checkpoint.1.pt, ... [%(default)s]")
+    run.add_argument("--log-every", type=int, default=20, metavar="STEPS", help="between log lines [%(default)s]")
+    run.add_argument("--eval-every", type=int, default=0, metavar="STEPS", help="between evaluations; 0: none [%(default)s]")
+    run.add_argument(
+        "--evaluate",
+        default="--dataset synthetic",
+        metavar="FLAGS",
+        help='of evaluate.py, for these; the model with the best mIoU is kept as best.pt ["%(default)s"]',
+    )
+    run.add_argument("--max-faults", type=float, default=0.01, help="share of pairs that may be unusable [%(default)s]")
+    run.add_argument("--seed", type=int, default=0, help="of the order, the new weights and all noise [%(default)s]")
+    machine = parser.add_argument_group("the machine")
+    machine.add_argument("--device", help="cpu, cuda, cuda:1, ... [a GPU if there is one]")
+    machine.add_argument(
+        "--precision", choices=("bf16", "fp16", "fp32"), help="[bf16; fp16 on a GPU that does not know it; slow CPUs: try fp32]"
+    )
+    machine.add_argument("--workers", type=int, default=2, help="processes that prepare pairs; 0: none but this [%(default)s]")
+    machine.add_argument(
+        "--accumulate",
+        type=int,
+        default=1,
+        metavar="K",
+        help="work in K chunks, for less memory: the same gradients, negatives of the whole batch, 4/3 of the time [%(default)s]",
+    )
+    machine.add_argument(
+        "--checkpoint-activations", action="store_true", help="less memory, too: compute each block's forward pass twice"
+    )
+    machine.add_argument("--compile", action="store_true", help="torch.compile: minutes at the start, faster steps")
     recipe = parser.add_argument_group("the recipe")
-    recipe.add_argument("--steps", type=int, default=1200, help="0 writes the untrained model, to compare with [%(default)s]")
-    recipe.add_argument("--batch-size", type=int, default=64, help="pairs in a step, over all processes [%(default)s]")
-    recipe.add_argument("--lr", type=float, default=1e-3, help="learning rate at its peak [%(default)s]")
-    recipe.add_argument("--warmup", type=float, default=0.1, help="share of the steps in which lr rises to it [%(default)s]")
+    recipe.add_argument("--init", metavar="MODEL", help="weights to start from: ViT-B/16, a CLIP, a SegCLIP [%(default)s]")
+    recipe.add_argument(
+        "--from-scratch", action="store_true", help="no --init, and with it no --freeze and no --clip-lr by default"
+    )
+    recipe.add_argument(
+        "--freeze",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="keep CLIP's patch, position and token embeddings as they are [%(default)s]",
+    )
+    recipe.add_argument(
+        "--vocabulary", help='"learned" of the first captions, "openai", or a file; of --init, if it has one [%(default)s]'
+    )
+    recipe.add_argument("--text-length", type=int, metavar="T", help="tokens of a caption [%(default)s; None: context_length]")
+    recipe.add_argument("--steps", type=int, help="0 writes the untrained model, to compare with [small: 1200]")
+    recipe.add_argument("--epochs", type=float, help="in place of --steps: how often each pair is seen [paper: 10]")
+    recipe.add_argument("--batch-size", type=int, help="pairs in a step, over all processes [%(default)s]")
+    recipe.add_argument("--lr", type=float, help="learning rate at its peak [%(default)s]")
+    recipe.add_argument(
+        "--clip-lr",
+        type=float,
+        help="the same for the text encoder and the image blocks before the group module [%(default)s; None: --lr]",
+    )
+    recipe.add_argument("--warmup", type=float, help="share of the steps in which the rates rise [%(default)s]")
     recipe.add_argument("--weight-decay", type=float, default=0.05, help="of matrices; vectors have none [%(default)s]")
-    recipe.add_argument("--crop-scale", type=float, default=1.0, help="least share of a picture in a crop [%(default)s]")
+    recipe.add_argument("--crop-scale", type=float, help="least share of a picture in a crop [%(default)s]")
+    recipe.add_argument(
+        "--superpatch", choices=("floor", "majority"), default="floor", help="rule for patches between superpixels [%(default)s]"
+    )
     recipe.add_argument("--reconstruction-weight", type=float, default=1.0, help="of L_rec in Eq. 7; 0: none [%(default)s]")
-    recipe.add_argument("--superpixel-weight", type=float, default=1.0, help="of L_sup; 1/L is the authors' [%(default)s]")
-    sizes = parser.add_argument_group("the model (explained at Config in model.py)")
-    for field in dataclasses.fields(Config):
-        if field.name != "vocab_size":  # the tokenizer's
-            default = getattr(SMALL, field.name)
-            flag = "--" + field.name.replace("_", "-")
-            sizes.add_argument(flag, type=field.type, default=default, metavar="N", help="[%(default)s]")
-    return parser.parse_args(argv)
+    recipe.add_argument(
+        "--superpixel-weight", type=float, default=1.0, help="of L_sup; 1/L is the authors'; 0: none [%(default)s]"
+    )
+    sizes = parser.add_argument_group("the model (explained at Config in model.py; with --init, sizes of CLIP are its own)")
+    for field in SIZES:
+        values = f"small: {getattr(SMALL, field.name)}, paper: {field.default}"
+        sizes.add_argument("--" + field.name.replace("_", "-"), type=field.type, metavar="N", help=f"[{values}]")
+
+    # The recipe's values become the defaults, so that every flag that is given stands.
+    chooser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
+    chooser.add_argument("--recipe", default="small")
+    chooser.add_argument("--from-scratch", action="store_true")
+    try:
+        first = chooser.parse_known_args(argv)[0]
+    except argparse.ArgumentError:
+        first = argparse.Namespace(recipe="small", from_scratch=False)  # the parser below says what is wrong
+    defaults = dict(RECIPES.get(first.recipe, {}))
+    length = {name: defaults.pop(name, None) for name in ("steps", "epochs")}
+    if first.from_scratch:
+        defaults |= {"init": None, "freeze": False, "clip_lr": None}
+    parser.set_defaults(**defaults)
+    args = parser.parse_args(argv)
+    if args.steps is None and args.epochs is None:
+        args.steps, args.epochs = length["steps"], length["epochs"]
+    return args
 
 
 def check(args, world):
     """Raises InputError for flags that make no sense."""
-    limits = {"seed": 2**32 - 1, "warmup": 1.0, "lr": 1e3}
-    weights = ("weight_decay", "reconstruction_weight", "superpixel_weight")
-    for name in ("save_every", "workers", "steps", *weights, *limits):
-        if not 0 <= getattr(args, name) <= limits.get(name, math.inf):
-            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: out of range")
-    if args.batch_size < 1 or args.batch_size % world:
-        raise InputError(f"--batch-size {args.batch_size} cannot be split over {world} processes")
+    limits = {"seed": 2**32 - 1, "warmup": 1.0, "lr": 1e3, "clip_lr": 1e3, "max_faults": 0.99}
+    least = {"keep": 1, "log_every": 1, "accumulate": 1, "text_length": 2, "save_minutes": 1e-3, "batch_size": 1}
+    others = ("save_every", "eval_every", "workers", "steps", "epochs", "weight_decay")
+    for name in (*others, "reconstruction_weight", "superpixel_weight", *limits, *least):
+        value = getattr(args, name)
+        if value is not None and not least.get(name, 0) <= value <= limits.get(name, math.inf):
+            raise InputError(f"--{name.replace('_', '-')} {value}: out of range")
+    if args.batch_size % (world * args.accumulate):
+        chunks = f" of {args.accumulate} chunks each" if args.accumulate > 1 else ""
+        raise InputError(f"--batch-size {args.batch_size} cannot be split over {world} processes{chunks}")
     if not 0 < args.crop_scale <= 1:
         raise InputError(f"--crop-scale {args.crop_scale}: must be more than 0 and at most 1")
+    if args.steps is not None and args.epochs is not None:
+        raise InputError("--steps or --epochs, not both")
+    if args.data is None:
+        raise InputError(f"--recipe {args.recipe} needs --data")
+    if args.from_scratch and args.init:
+        raise InputError("--from-scratch or --init, not both")
 
 
-def check_resumed(checkpoint, args, path):
+def check_resumed(state, args, path):
     """Raises InputError unless the checkpoint is of a run with the same flags: it could not go on as it began."""
-    if not {"model", "merges", "optimizer", "step", "args"} <= checkpoint.keys():
+    if not {"model", "merges", "optimizer", "scaler", "step", "pairs", "faults", "best", "args"} <= state.keys():
         raise InputError(f"{path}: not a checkpoint of train.py, which could be resumed")
-    free = ("output", "resume", "save_every", "device", "workers")
     for name, value in vars(args).items():
-        if name not in free and checkpoint["args"].get(name) != value:
+        if name not in FREE and state["args"].get(name) != value:
             flag = "--" + name.replace("_", "-")
-            raise InputError(f"{path}: its run had {flag} {checkpoint['args'].get(name)}, not {value}; use the same flags")
+            raise InputError(f"{path}: its run had {flag} {state['args'].get(name)}, not {value}; use the same flags")
 
 
-def learning_rate(step, args):
-    """Linear warm-up to args.lr, then a cosine to zero (Section 3.2)."""
-    warmup = max(1, round(args.warmup * args.steps))
-    if step < warmup:
-        return args.lr * (step + 1) / warmup
-    return args.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, args.steps - warmup)))
+def choose_tokenizer(args, sources):
+    if args.init and Path(args.init).is_file():
+        tokenizer = load_tokenizer(args.init, None if args.vocabulary in ("openai", "learned") else args.vocabulary)
+    elif args.vocabulary == "learned":
+        captions = []
+        for i in range(min(500, len(sources[0]))):
+            try:
+                captions.append(sources[0][i].caption)
+            except Fault:
+                continue
+        tokenizer = Tokenizer.learn(captions, num_merges=500)
+    else:
+        tokenizer = load_tokenizer(None, None if args.vocabulary == "openai" else args.vocabulary)
+    return tokenizer
+
+
+def choose_sizes(args):
+    """The fields of Config: the recipe's, and the flags that were given."""
+    base = SMALL if args.recipe == "small" else Config()
+    given = {field.name: getattr(args, field.name) for field in SIZES}
+    return vars(base) | {name: value for name, value in given.items() if value is not None}
+
+
+def build_model(args, vocab_size):
+    """SegCLIP, from --init or from scratch. Raises InputError for sizes that do not fit together, or not the weights."""
+    sizes = choose_sizes(args) | {"vocab_size": vocab_size}
+    try:
+        if args.init is None:
+            model = SegCLIP(Config(**sizes))
+        else:
+            model = load_segclip(args.init, **{name: sizes[name] for name in ADDED})
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    for field in SIZES:
+        given, actual = getattr(args, field.name), getattr(model.config, field.name)
+        if given is not None and given != actual:
+            raise InputError(f"--{field.name.replace('_', '-')} {given}: {args.init} has {actual}")
+    if model.config.vocab_size != vocab_size:
+        raise InputError(f"{args.init}: made for {model.config.vocab_size} tokens, but the vocabulary has {vocab_size}")
+    return model
+
+
+def freeze(model, args):
+    """Switch off the gradient of what the recipe does not train."""
+    for name, parameter in model.named_parameters():
+        if args.freeze and name.startswith(FROZEN):
+            parameter.requires_grad_(False)
+    if not args.reconstruction_weight:
+        for part in (model.reconstruction_layer, model.reconstruction_blocks, model.decoder):
+            part.requires_grad_(False)
+
+
+def parameter_groups(model, args):
+    """What is trained, by peak learning rate and weight decay (for AdamW), as Section 3.2 says.
+
+    --clip-lr is for CLIP's text encoder, temperature and image blocks before the group module. All else has --lr: what
+    SegCLIP adds, and what comes after it in the image encoder, pre-trained or not.
+    """
+    config, visual = model.config, "clip.visual."
+    late = [f"{visual}transformer.resblocks.{i}." for i in range(config.first_stage_layers, config.vision_layers)]
+    late = (*late, f"{visual}ln_post.", f"{visual}proj")
+    clip_lr = args.lr if args.clip_lr is None else args.clip_lr
+    groups = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            lr = clip_lr if name.startswith("clip.") and not name.startswith(late) else args.lr
+            # Matrices decay, vectors do not. (The authors meant to, but look for a name that no parameter has.)
+            decay = args.weight_decay if parameter.dim() >= 2 else 0.0
+            groups.setdefault((lr, decay), []).append(parameter)
+    return [{"params": p, "lr": lr, "peak_lr": lr, "weight_decay": decay} for (lr, decay), p in sorted(groups.items())]
 
 
 def build_optimizer(model, args):
-    """Adam with decoupled weight decay on every parameter that is a matrix."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": args.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    """Adam with decoupled weight decay, fused where torch can: then a step that must be skipped is, without being asked."""
+    fused = next(model.parameters()).device.type in ("cpu", "cuda")
+    return torch.optim.AdamW(parameter_groups(model, args), betas=(0.9, 0.98), eps=1e-6, fused=fused)
+
+
+def lr_factor(step, args):
+    """Linear warm-up from 0 to 1, then a cosine to 0 (Section 3.2)."""
+    warmup = max(1, round(args.warmup * args.steps))
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, args.steps - warmup)))
+
+
+def checkpoint_activations(model):
+    """Keep only what goes into each block, and compute the rest again when its gradient is asked for."""
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)
+
+
+def autocast(device, precision):
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[precision]
+    return torch.autocast(device.type, dtype, enabled=dtype is not None)
+
+
+def compute_gradients(parallel, batch, noise, args, scaler, extra):
+    """The losses of a batch and their gradients, in .grad of the parameters, scaled by `scaler`.
+
+    parallel: the model, or the DistributedDataParallel around it. batch: image [b, 3, H, W], superpatch [b, N], text [b, T];
+    these and the noise are this process's rows. extra: numbers [n] that are to be summed over the processes on the way.
+    Returns {"loss", "con", "rec", "sup"} of the whole batch as one tensor with `extra` behind it, and the names.
+
+    With args.accumulate = K > 1 activations are kept of one chunk in K, and the contrastive loss still has the whole batch
+    as negatives: first all features without gradient, then the loss's gradient with respect to them, then chunk by chunk
+    the features again, with the same noise, and back (Gao et al., 2021, "Scaling deep contrastive learning batch size").
+    """
+    model = parallel.module if isinstance(parallel, DistributedDataParallel) else parallel
+    K, world = args.accumulate, dist.get_world_size() if dist.is_initialized() else 1
+    image = batch[0]
+    chunks = [
+        ([x.chunk(K)[k] for x in batch], {name: values.chunk(K)[k] for name, values in noise.items()}) for k in range(K)
     ]
-    return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98), eps=1e-6)
+    precision, reconstruct = autocast(image.device, args.precision), args.reconstruction_weight > 0
+    weights = args.reconstruction_weight, args.superpixel_weight
+    if K > 1:
+        features = []
+        with torch.no_grad(), precision:
+            for (image, _, text), chunk_noise in chunks:
+                outputs = model(image, text, **chunk_noise, reconstruct=False)
+                features.append((outputs["image_features"].float(), outputs["text_features"].float()))
+        z_p, z_w = (torch.cat(x).requires_grad_() for x in zip(*features))
+        scale = model.clip.logit_scale.detach().requires_grad_()
+        con = contrastive_loss(z_p, z_w, scale)
+        g_p, g_w, g_scale = torch.autograd.grad(con, (z_p, z_w, scale))
+        g_p, g_w = g_p.chunk(K), g_w.chunk(K)
+
+    totals = 0
+    for k, ((image, superpatch, text), chunk_noise) in enumerate(chunks):
+        last = k == K - 1
+        with nullcontext() if last or model is parallel else parallel.no_sync():
+            with autocast(image.device, args.precision):
+                outputs = parallel(image, text, **chunk_noise, reconstruct=reconstruct)
+            if K == 1:
+                loss, parts = total_loss(outputs, image, superpatch, *weights)
+            else:  # a number whose gradient is that of the contrastive loss of the whole batch
+                inner = (outputs["image_features"] * g_p[k]).sum() + (outputs["text_features"] * g_w[k]).sum()
+                inner = inner + outputs["logit_scale"] * g_scale / K
+                loss, parts = total_loss(outputs, image, superpatch, *weights, con=inner * K)
+                parts["con"] = con
+            totals = totals + torch.stack(list(parts.values())).detach() / K
+            if last:
+                values = torch.cat([totals / world, extra])
+                if world > 1:
+                    # Before backward() and not after it, whose collectives must be the last: DDP (2.13) leaves gloo's
+                    # threads behind, and one that still holds a tensor of ours at exit aborts.
+                    dist.all_reduce(values)
+                # If any process has a loss that is not finite, then all get gradients that are not.
+                loss = loss * torch.where(values[: len(parts)].isfinite().all(), 1.0, math.nan)
+            scaler.scale(loss / K).backward()
+    return values, list(parts)
+
+
+class Interruption:
+    """While it is entered, Ctrl-C and SIGTERM are only noted, so that the step can be ended and saved."""
+
+    def __enter__(self):
+        self.name = None
+        self.handlers = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def note(self, number, frame):
+        self.name = signal.Signals(number).name
+
+    def __exit__(self, *_):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
 
 
 def main(argv=None):
     args = parse_args(argv)
     check(args, int(os.environ.get("WORLD_SIZE", 1)))
     rank, world, device = start_processes(args.device)  # each works on its rows of every batch
-    if world == 1 and args.workers:  # threads that fight the workers for cores cost a third of the speed
+    if args.precision is None:
+        known = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+        args.precision = "bf16" if known else "fp16"
+    torch.set_float32_matmul_precision("high")  # TF32 for what is not in half precision
+    if device.type == "cpu" and world == 1 and args.workers:  # threads that fight the workers for cores cost a third
         torch.set_num_threads(max(1, torch.get_num_threads() - args.workers))
-    share = args.batch_size // world
-    rows = slice(rank * share, (rank + 1) * share)
 
-    path = Path(args.output) / "checkpoint.pt"
-    resumed = read_weights(path) if args.resume else None
-    if resumed:
-        check_resumed(resumed, args, path)
-    scenes = SyntheticScenes(args.image_size, args.seed)
-    if resumed:
-        tokenizer = Tokenizer(resumed["merges"])
-    else:
-        tokenizer = Tokenizer.learn([scenes[i].caption for i in range(500)], num_merges=500)
-    names = {field.name for field in dataclasses.fields(Config)} - {"vocab_size"}
+    output = Path(args.output)
+    path = output / "checkpoint.pt"
+    resumed, resumed_path = last_checkpoint(path) if args.resume else (None, None)
+    sizes = argparse.Namespace(**choose_sizes(args))
     torch.manual_seed(args.seed)
-    try:
-        config = Config(vocab_size=tokenizer.vocab_size, **{name: getattr(args, name) for name in names})
-        model = SegCLIP(config).to(device)
-    except ValueError as error:
-        raise InputError(str(error)) from None
-    reconstruct = args.reconstruction_weight > 0
-    if not reconstruct:
-        for part in (model.reconstruction_layer, model.reconstruction_blocks, model.decoder):
-            part.requires_grad_(False)
-    optimizer, start = build_optimizer(model, args), 0
+    sources = None
+    if args.init is None:
+        sources = open_pairs(args.data, sizes, args.seed, args.workers, args.max_faults, rank, world)
+    tokenizer = Tokenizer(resumed["merges"]) if resumed and "merges" in resumed else choose_tokenizer(args, sources)
+    model = build_model(args, tokenizer.vocab_size).to(device)
+    config = model.config
+    if sources is None:  # superpixels are of the size that the weights are made for
+        sources = open_pairs(args.data, config, args.seed, args.workers, args.max_faults, rank, world)
+    lengths = [len(source) for source in sources]
+    if args.steps is None:
+        args.steps = math.ceil(args.epochs * sum(lengths) / args.batch_size)
+    freeze(model, args)
+    optimizer, start, faults, best = build_optimizer(model, args), 0, Counter(), 0.0
+    half = args.precision == "fp16"
+    # Without fp16 it scales by 1, and only skips steps whose gradients are not finite.
+    scaler = torch.amp.GradScaler(device.type, 2.0**16 if half else 1.0, growth_interval=2000 if half else 2**31 - 1)
     if resumed:
-        load_strictly(model, resumed["model"], path)
+        check_resumed(resumed, args, resumed_path)
+        if resumed["pairs"] != lengths:
+            raise InputError(f"{resumed_path}: its run had {sum(resumed['pairs'])} pairs, the data has {sum(lengths)} now")
+        load_strictly(model, resumed["model"], resumed_path)
         optimizer.load_state_dict(resumed["optimizer"])
-        start = resumed["step"]
+        scaler.load_state_dict(resumed["scaler"])
+        start, faults, best = resumed["step"], Counter(resumed["faults"]), resumed["best"]
+    if world > 1:
+        ends = torch.tensor([start, -start], device=device)
+        dist.all_reduce(ends, dist.ReduceOp.MAX)
+        if ends.sum():
+            raise InputError(f"{output}: not every process finds the same checkpoint there; it must be on a shared disk")
+    if args.checkpoint_activations:
+        checkpoint_activations(model)
+    if args.compile:
+        model.compile()
     parallel = DistributedDataParallel(model) if world > 1 else model
 
-    # Step s takes pairs s * batch_size and on, whatever ran before it and however many processes there are: with the
-    # noise below, nothing else is random, and so a resumed run is the run that was not interrupted.
-    pairs = TrainingPairs(scenes, tokenizer, config, args.crop_scale, args.seed)
-    batches = [range(s * args.batch_size + rows.start, s * args.batch_size + rows.stop) for s in range(start, args.steps)]
-    loader = DataLoader(pairs, batch_sampler=batches, num_workers=args.workers, pin_memory=device.type == "cuda")
+    # Step s takes the pairs at places s * batch_size and on, whatever ran before it and however many processes there are:
+    # with the noise below, nothing else is random, and so a resumed run is the run that was not interrupted.
+    share = args.batch_size // world
+    rows = slice(rank * share, (rank + 1) * share)
+    pairs = torch.utils.data.ConcatDataset(sources)
+    pairs = TrainingPairs(pairs, tokenizer, config, args.crop_scale, args.seed, args.text_length, args.superpatch)
+    loader = DataLoader(
+        pairs,
+        batch_sampler=Batches(lengths, args.seed, args.batch_size, rows, range(start, args.steps)),
+        num_workers=args.workers,
+        collate_fn=collate,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=ignore_signals,
+    )
     generator = torch.Generator(device)
     num_patches = (config.image_size // config.patch_size) ** 2
+    # The fused kernel for the CPU is made for long sequences; its backward pass in bf16 halves the speed of short ones.
+    torch.backends.cuda.enable_flash_sdp(device.type != "cpu" or num_patches >= 128)
 
     def save(step):
+        nonlocal last_save
+        last_save = time.time()
         if rank == 0:
-            state = {"merges": tokenizer.merges, "optimizer": optimizer.state_dict(), "step": step}
-            save_checkpoint(path, model, **state, args=vars(args), git=git_revision())
+            state = {"merges": tokenizer.merges, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+            state |= {"step": step, "pairs": lengths, "faults": dict(faults), "best": best}
+            save_checkpoint(path, model, args.keep, **state, args=vars(args), git=git_revision())
 
-    make_folder(path.parent)
     if rank == 0:
-        log = open(path.parent / "log.jsonl", "a" if resumed else "w")
-        count = sum(p.numel() for p in model.parameters()) / 1e6
-        print(f"{count:.1f} M parameters, {tokenizer.vocab_size} tokens, {world} x {device.type}, {args.precision}")
-        if resumed:
-            print(f"resumed at step {start} of {args.steps}")
+        log = open_log(output, start if resumed else None)
+        introduce(model, tokenizer, optimizer, lengths, args, world, device)
+        if args.resume:
+            print(f"resumed {resumed_path} at step {start}" if resumed else f"{path}: nothing to resume; a new run begins")
+    eval_args = evaluate.parse_args([*shlex.split(args.evaluate), "--output", str(output / "evaluation")])
     model.train()
-    # The fused kernel for the CPU is made for long sequences; its backward pass in bf16 halves the speed of short ones.
-    short = device.type == "cpu" and num_patches < 128
-    kernels = [SDPBackend.MATH] if short else [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    recent, skipped, since, last_step = [], 0, time.time(), start
-    for step, (picture, superpatch, text) in enumerate(loader, start):
-        lr = learning_rate(step, args)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        image, superpatch, text = normalise(picture.to(device)), superpatch.to(device), text.to(device)
-        generator.manual_seed(args.seed * 1_000_003 + step)
-        noise = model.draw_noise(args.batch_size, num_patches, generator)
-        noise = {name: values[rows] for name, values in noise.items()}
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"), sdpa_kernel(kernels):
-            outputs = parallel(image, text, **noise, reconstruct=reconstruct)
-        loss, parts = total_loss(outputs, image, superpatch, args.reconstruction_weight, args.superpixel_weight)
-        values = torch.stack([loss, *parts.values()]).detach()
-        if world > 1:
-            # Each process has the losses of its own rows. Summed here and not after backward(), whose collectives must be
-            # the last: DDP (2.13) leaves gloo's threads behind, and one that holds a tensor of ours at exit aborts.
-            dist.all_reduce(values)
-        optimizer.zero_grad()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        # One step that overflows is left out, as in the authors' program; all processes see the same norm.
-        skipped = 0 if norm.isfinite() else skipped + 1
-        if skipped == 10:
-            raise InputError(f"step {step}: ten gradients in a row are not finite, the run is broken; try a lower --lr")
-        if not skipped:
-            optimizer.step()
+    unread, recent, skipped, told = [], [], 0, Counter()
+    since = last_save = time.time()
+    last_step, step = start, start
+    with Interruption() as interruption:
+        for step, (picture, superpatch, text, met) in enumerate(loader, start):
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * lr_factor(step, args)
+            for kind, message in met:
+                told[kind] += 1
+                if told[kind] <= 3:
+                    print(f"skipped: {message}" + ("; others of the kind are counted" if told[kind] == 3 else ""), file=sys.stderr)
+            extra = Counter(kind for kind, _ in met)
+            extra = torch.tensor([interruption.name is not None, *(extra[kind] for kind in Fault.KINDS)], dtype=torch.float32)
+            picture, superpatch, text, extra = (
+                x.to(device, non_blocking=True) for x in (picture, superpatch, text, extra)
+            )
+            generator.manual_seed(args.seed * 1_000_003 + step)
+            noise = model.draw_noise(args.batch_size, num_patches, generator)
+            noise = {name: values[rows] for name, values in noise.items()}
+
+            optimizer.zero_grad()
+            values, parts = compute_gradients(parallel, (normalise(picture), superpatch, text), noise, args, scaler, extra)
+            scaler.unscale_(optimizer)
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            scaler.step(optimizer)  # or not, if a gradient is not finite; after DDP's sum that is so on all processes
+            scaler.update()
             with torch.no_grad():  # where the loss clamps the scale it has no gradient, and could never come back
                 model.clip.logit_scale.clamp_(max=math.log(100))
 
-        done, now = step + 1, time.time()
-        if rank == 0 and not skipped:
-            recent.append(torch.cat([values / world, norm[None]]))
-        if recent and (now - since > 5 or done == args.steps):
-            means = dict(zip(("loss", *parts, "grad"), torch.stack(recent).mean(dim=0).tolist()))
-            rate = (done - last_step) / (now - since)
-            line = {"step": done, **means, "lr": lr, "scale": model.clip.logit_scale.exp().item()}
-            line["pairs_per_second"] = rate * args.batch_size
-            log.write(json.dumps(line) + "\n")
-            log.flush()
-            losses = " + ".join(f"{name} {means[name]:.3f}" for name in parts)
-            eta = datetime.timedelta(seconds=round((args.steps - done) / rate))
-            print(
-                f"step {done}/{args.steps}  loss {means['loss']:.3f} = {losses}  grad {means['grad']:.1f}  lr {lr:.1e}"
-                f"  scale {line['scale']:.1f}  {line['pairs_per_second']:.0f} pairs/s  ETA {eta}",
-                flush=True,
-            )
-            recent, since, last_step = [], now, done
-        if args.save_every and done % args.save_every == 0 and done < args.steps:
-            save(done)
-    save(max(start, args.steps))
-    if rank == 0:
-        print(f"wrote {path}")
+            unread.append(torch.cat([values, norm[None]]))
+            done, stop = step + 1, False
+            due = done % args.log_every == 0 or done in (start + 1, args.steps)
+            if due or device.type == "cpu":  # reading waits for the GPU: only when there is something to say
+                for row in torch.stack(unread).tolist():
+                    row = dict(zip([*parts, "stop", *Fault.KINDS, "grad"], row))
+                    stop = stop or row["stop"] > 0
+                    faults.update({kind: int(row[kind]) for kind in Fault.KINDS if row[kind]})
+                    skipped = 0 if math.isfinite(row["grad"]) else skipped + 1
+                    recent += [] if skipped else [row]
+                unread = []
+            if skipped >= 10:
+                raise InputError(
+                    f"step {done}: {skipped} gradients in a row are not finite, the run is broken; try a lower --lr "
+                    f"(the last checkpoint is kept)"
+                )
+            if due and rank == 0 and recent:
+                now = time.time()
+                line = {"step": done, **{name: sum(row[name] for row in recent) / len(recent) for name in (*parts, "grad")}}
+                line["loss"] = line["con"] + args.reconstruction_weight * line.get("rec", 0) + args.superpixel_weight * line["sup"]
+                rate = (done - last_step) / (now - since)
+                line |= {"lr": args.lr * lr_factor(step, args), "scale": model.clip.logit_scale.exp().item()}
+                line |= {"pairs_per_second": rate * args.batch_size, "faults": sum(faults.values())}
+                log.write(json.dumps(line) + "\n")
+                log.flush()
+                print(log_line(line, parts, args.steps, rate), flush=True)
+                recent, since, last_step = [], now, done
+            if sum(faults.values()) > args.max_faults * max(1000, done * args.batch_size):
+                save(done)
+                raise InputError(
+                    f"step {done}: of {done * args.batch_size} pairs, {count_faults(faults)}: more than --max-faults "
+                    f"{args.max_faults}; mend the data or allow more, and --resume"
+                )
+            if args.eval_every and (done % args.eval_every == 0 or done == args.steps):
+                best = evaluate_model(eval_args, model, tokenizer, rank, world, done, best, output)
+                since += time.time() - now if rank == 0 and due else 0
+            if stop:
+                break
+            minutes = (time.time() - last_save) / 60
+            if done < args.steps and (args.save_every and done % args.save_every == 0 or minutes > args.save_minutes):
+                save(done)
+        done = step + 1 if start < args.steps else start
+        save(done)
+        if rank == 0:
+            if faults:
+                print(f"of {done * args.batch_size} pairs, {count_faults(faults)}")
+            print(f"wrote {path}" + (f"; stopped at step {done} of {args.steps}: --resume goes on" if done < args.steps else ""))
     if world > 1:
         dist.destroy_process_group()
+
+
+def open_log(output, resumed_step):
+    """OUTPUT/log.jsonl, for appending: a resumed run's up to its step, else empty. An earlier run is moved away."""
+    make_folder(output)
+    if resumed_step is None and (output / "checkpoint.pt").exists():
+        n = 1
+        while Path(f"{output}.{n}").exists():
+            n += 1
+        os.rename(output, f"{output}.{n}")
+        print(f"{output} held another run, which is now in {output}.{n}", file=sys.stderr)
+        make_folder(output)
+    path = output / "log.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if resumed_step is not None and path.exists() else []
+    lines = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= resumed_step]
+    path.write_text("".join(lines))
+    return open(path, "a")
+
+
+def introduce(model, tokenizer, optimizer, lengths, args, world, device):
+    """Print what is going to be trained, and how."""
+    trained = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
+    total = sum(p.numel() for p in model.parameters())
+    for group in optimizer.param_groups:
+        count = sum(p.numel() for p in group["params"]) / 1e6
+        print(f"{count:8.2f} M parameters  lr {group['peak_lr']:.1e}  weight decay {group['weight_decay']}")
+    print(f"{(total - trained) / 1e6:8.2f} M parameters  frozen")
+    print(
+        f"{sum(lengths):,} pairs, {args.steps} steps of {args.batch_size}; {tokenizer.vocab_size} tokens; "
+        f"{world} x {device.type}, {args.precision}",
+        flush=True,
+    )
+
+
+def log_line(line, parts, steps, rate):
+    eta = datetime.timedelta(seconds=round((steps - line["step"]) / rate))
+    return (
+        f"step {line['step']}/{steps}  loss {line['loss']:.3f} = {' + '.join(f'{name} {line[name]:.3f}' for name in parts)}"
+        f"  grad {line['grad']:.1f}  lr {line['lr']:.1e}  scale {line['scale']:.1f}"
+        f"  {line['pairs_per_second']:.0f} pairs/s  ETA {eta}"
+    )
+
+
+def count_faults(faults):
+    return ", ".join(f"{count} x {kind}" for kind, count in faults.most_common())
+
+
+def evaluate_model(eval_args, model, tokenizer, rank, world, step, best, output):
+    """Score the model as it is now, print it, and keep it as best.pt if it is the best so far -> the best mIoU."""
+    model.eval()
+    metrics = evaluate.evaluate(eval_args, model, tokenizer, rank, world, {"step": step})
+    model.train()
+    if rank == 0 and metrics:
+        print(f"step {step}  mIoU {100 * metrics['mIoU']:.2f} % over {metrics['pictures']} pictures", flush=True)
+        if metrics["mIoU"] > best:
+            best = metrics["mIoU"]
+            save_checkpoint(output / "best.pt", model, merges=tokenizer.merges, step=step, metrics=metrics)
+    return best
 
 
 if __name__ == "__main__":
@@ -250,4 +636,4 @@ if __name__ == "__main__":
     except InputError as error:
         sys.exit(f"train.py: {error}")
     except KeyboardInterrupt:
-        sys.exit("train.py: stopped; --resume goes on from the last checkpoint")
+        sys.exit("train.py: stopped before the first step")
