@@ -10,6 +10,7 @@ import functools
 import glob
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -597,8 +598,7 @@ class PairTable:
         if set(lower) & set(self.PATHS) and set(lower) & set(self.CAPTIONS):  # a header
             places = [lower.index(self.find({name: name for name in lower}, names)) for names in (self.PATHS, self.CAPTIONS)]
         else:
-            places = [0, 1]
-            yield first[0], first[1] if len(first) > 1 else ""
+            places, rows = [0, 1], itertools.chain(filter(None, [first]), rows)
         for row in rows:
             yield tuple(row[place] if place < len(row) else "" for place in places)
 
@@ -780,9 +780,11 @@ def scan_tar(path, size):
             elif kind == "txt" or kind == "json" and not entry[3]:
                 entry[2:] = member.offset_data, member.size, kind == "json"
         with open(path, "rb") as file:
-            end = os.pread(file.fileno(), 512, tar.offset)
+            complete = complete and os.pread(file.fileno(), 512, tar.offset) == bytes(512)
+    if not complete:  # the last pair may be half there
+        entries = {name: entry for name, entry in entries.items() if entry[1] and entry[3]}
     names = np.array([name.encode(errors="surrogateescape") for name in entries], "S")
-    return names, np.array(list(entries.values()), np.int64).reshape(-1, 5), complete and end == bytes(512)
+    return names, np.array(list(entries.values()), np.int64).reshape(-1, 5), complete
 
 
 def expand(pattern):
@@ -820,11 +822,11 @@ def unchanged(item):
 def open_shards(pattern, image_size, suffix, workers, max_faults, rank, world):
     paths = expand(pattern)
     if world > 1:  # each process makes its share of the indices; then all find all
-        for _ in DataLoader(Shards(paths[rank::world], image_size, suffix), None, num_workers=workers, collate_fn=unchanged):
+        for _ in DataLoader(Shards(paths[rank::world], image_size, suffix), None, num_workers=workers, collate_fn=unchanged, worker_init_fn=ignore_signals):
             pass
         dist.barrier()
     loader, shards, damaged = Shards(paths, image_size, suffix), [], []
-    loader, last_line = DataLoader(loader, None, num_workers=workers, collate_fn=unchanged), time.time()
+    loader, last_line = DataLoader(loader, None, num_workers=workers, collate_fn=unchanged, worker_init_fn=ignore_signals), time.time()
     for n, (path, shard) in enumerate(zip(paths, loader), 1):
         if isinstance(shard, TarShard) and len(shard):
             shards.append(shard)
@@ -1164,7 +1166,7 @@ def main(argv=None):
             skipped += len(source)
             continue
         jobs = SuperpixelJobs(source, todo, *sizes)
-        source.save_superpixels(counted(DataLoader(jobs, None, num_workers=args.workers, collate_fn=unchanged)))
+        source.save_superpixels(counted(DataLoader(jobs, None, num_workers=args.workers, collate_fn=unchanged, worker_init_fn=ignore_signals)))
     print(
         f"superpixels of {pictures} pictures in {time.time() - start:.0f} s, {size / max(pictures, 1):.0f} bytes each; "
         f"{broken} broken pictures have none; {skipped} pairs had theirs"

@@ -32,6 +32,7 @@ from data import (
     PictureFolder,
     SegmentationFolder,
     SyntheticScenes,
+    ignore_signals,
     listed,
     normalise,
     read_lines,
@@ -662,7 +663,7 @@ def evaluate(args, model, tokenizer, rank, world, origin):
     text, owner = class_features(model, tokenizer, settings)
     segmenter = Segmenter(model, text, owner, settings, args.batch_size, args.precision == "bf16")
     loader = DataLoader(
-        Seen(dataset, settings), sampler=todo, batch_size=None, num_workers=args.workers, collate_fn=unchanged
+        Seen(dataset, settings), sampler=todo, batch_size=None, num_workers=args.workers, collate_fn=unchanged, worker_init_fn=ignore_signals
     )
     start = last_line = time.time()
     for n, (i, (sample, prediction, regions, scores)) in enumerate(zip(todo, segmenter(raised(loader))), 1):

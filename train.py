@@ -33,7 +33,6 @@ from clip_loader import (
     git_revision,
     last_checkpoint,
     load_segclip,
-    load_strictly,
     load_tokenizer,
     make_folder,
     save_checkpoint,
@@ -237,19 +236,16 @@ def check_resumed(state, args, path):
 
 
 def choose_tokenizer(args, sources):
-    if args.init and Path(args.init).is_file():
-        tokenizer = load_tokenizer(args.init, None if args.vocabulary in ("openai", "learned") else args.vocabulary)
-    elif args.vocabulary == "learned":
+    if args.init is None and args.vocabulary == "learned":
         captions = []
         for i in range(min(500, len(sources[0]))):
             try:
                 captions.append(sources[0][i].caption)
             except Fault:
                 continue
-        tokenizer = Tokenizer.learn(captions, num_merges=500)
-    else:
-        tokenizer = load_tokenizer(None, None if args.vocabulary == "openai" else args.vocabulary)
-    return tokenizer
+        return Tokenizer.learn(captions, num_merges=500)
+    file = args.init if args.init and Path(args.init).is_file() else None
+    return load_tokenizer(file, None if args.vocabulary in ("openai", "learned") else args.vocabulary)
 
 
 def choose_sizes(args):
@@ -421,16 +417,23 @@ def main(argv=None):
     output = Path(args.output)
     path = output / "checkpoint.pt"
     resumed, resumed_path = last_checkpoint(path) if args.resume else (None, None)
-    sizes = argparse.Namespace(**choose_sizes(args))
     torch.manual_seed(args.seed)
-    sources = None
-    if args.init is None:
-        sources = open_pairs(args.data, sizes, args.seed, args.workers, args.max_faults, rank, world)
-    tokenizer = Tokenizer(resumed["merges"]) if resumed and "merges" in resumed else choose_tokenizer(args, sources)
-    model = build_model(args, tokenizer.vocab_size).to(device)
-    config = model.config
-    if sources is None:  # superpixels are of the size that the weights are made for
-        sources = open_pairs(args.data, config, args.seed, args.workers, args.max_faults, rank, world)
+    find_pairs = functools.partial(
+        open_pairs, args.data, seed=args.seed, workers=args.workers, max_faults=args.max_faults, rank=rank, world=world
+    )
+    if resumed:
+        check_resumed(resumed, args, resumed_path)
+        tokenizer, model = Tokenizer(resumed["merges"]), load_segclip(resumed_path)
+        sources = find_pairs(model.config)
+    elif args.init:
+        tokenizer = choose_tokenizer(args, None)
+        model = build_model(args, tokenizer.vocab_size)
+        sources = find_pairs(model.config)  # crops are of the size that the weights are made for
+    else:
+        sources = find_pairs(argparse.Namespace(**choose_sizes(args)))
+        tokenizer = choose_tokenizer(args, sources)
+        model = build_model(args, tokenizer.vocab_size)
+    model, config, flags = model.to(device), model.config, dict(vars(args))
     lengths = [len(source) for source in sources]
     if args.steps is None:
         args.steps = math.ceil(args.epochs * sum(lengths) / args.batch_size)
@@ -440,10 +443,8 @@ def main(argv=None):
     # Without fp16 it scales by 1, and only skips steps whose gradients are not finite.
     scaler = torch.amp.GradScaler(device.type, 2.0**16 if half else 1.0, growth_interval=2000 if half else 2**31 - 1)
     if resumed:
-        check_resumed(resumed, args, resumed_path)
         if resumed["pairs"] != lengths:
             raise InputError(f"{resumed_path}: its run had {sum(resumed['pairs'])} pairs, the data has {sum(lengths)} now")
-        load_strictly(model, resumed["model"], resumed_path)
         optimizer.load_state_dict(resumed["optimizer"])
         scaler.load_state_dict(resumed["scaler"])
         start, faults, best = resumed["step"], Counter(resumed["faults"]), resumed["best"]
@@ -483,7 +484,7 @@ def main(argv=None):
         if rank == 0:
             state = {"merges": tokenizer.merges, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
             state |= {"step": step, "pairs": lengths, "faults": dict(faults), "best": best}
-            save_checkpoint(path, model, args.keep, **state, args=vars(args), git=git_revision())
+            save_checkpoint(path, model, args.keep, **state, args=flags, git=git_revision())
 
     if rank == 0:
         log = open_log(output, start if resumed else None)
@@ -527,11 +528,12 @@ def main(argv=None):
             if due or device.type == "cpu":  # reading waits for the GPU: only when there is something to say
                 for row in torch.stack(unread).tolist():
                     row = dict(zip([*parts, "stop", *Fault.KINDS, "grad"], row))
-                    stop = stop or row["stop"] > 0
+                    stop = stop or row["stop"] > 0  # so all processes stop after the same step
                     faults.update({kind: int(row[kind]) for kind in Fault.KINDS if row[kind]})
                     skipped = 0 if math.isfinite(row["grad"]) else skipped + 1
                     recent += [] if skipped else [row]
                 unread = []
+            stop = stop or world == 1 and interruption.name is not None
             if skipped >= 10:
                 raise InputError(
                     f"step {done}: {skipped} gradients in a row are not finite, the run is broken; try a lower --lr "

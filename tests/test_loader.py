@@ -345,7 +345,7 @@ def test_a_failed_save_leaves_the_old_checkpoint(tiny, tmp_path, monkeypatch):
     save_checkpoint(path, tiny, step=1)
 
     def full(_, file):
-        file.write_bytes(b"half")
+        file.write(b"half")
         raise OSError("no space left")
 
     monkeypatch.setattr(torch, "save", full)
