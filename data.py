@@ -822,11 +822,20 @@ def unchanged(item):
 def open_shards(pattern, image_size, suffix, workers, max_faults, rank, world):
     paths = expand(pattern)
     if world > 1:  # each process makes its share of the indices; then all find all
-        for _ in DataLoader(Shards(paths[rank::world], image_size, suffix), None, num_workers=workers, collate_fn=unchanged, worker_init_fn=ignore_signals):
+        for _ in DataLoader(
+            Shards(paths[rank::world], image_size, suffix),
+            None,
+            num_workers=workers,
+            collate_fn=unchanged,
+            worker_init_fn=ignore_signals,
+        ):
             pass
         dist.barrier()
     loader, shards, damaged = Shards(paths, image_size, suffix), [], []
-    loader, last_line = DataLoader(loader, None, num_workers=workers, collate_fn=unchanged, worker_init_fn=ignore_signals), time.time()
+    loader, last_line = (
+        DataLoader(loader, None, num_workers=workers, collate_fn=unchanged, worker_init_fn=ignore_signals),
+        time.time(),
+    )
     for n, (path, shard) in enumerate(zip(paths, loader), 1):
         if isinstance(shard, TarShard) and len(shard):
             shards.append(shard)
@@ -1166,7 +1175,9 @@ def main(argv=None):
             skipped += len(source)
             continue
         jobs = SuperpixelJobs(source, todo, *sizes)
-        source.save_superpixels(counted(DataLoader(jobs, None, num_workers=args.workers, collate_fn=unchanged, worker_init_fn=ignore_signals)))
+        source.save_superpixels(
+            counted(DataLoader(jobs, None, num_workers=args.workers, collate_fn=unchanged, worker_init_fn=ignore_signals))
+        )
     print(
         f"superpixels of {pictures} pictures in {time.time() - start:.0f} s, {size / max(pictures, 1):.0f} bytes each; "
         f"{broken} broken pictures have none; {skipped} pairs had theirs"

@@ -663,7 +663,12 @@ def evaluate(args, model, tokenizer, rank, world, origin):
     text, owner = class_features(model, tokenizer, settings)
     segmenter = Segmenter(model, text, owner, settings, args.batch_size, args.precision == "bf16")
     loader = DataLoader(
-        Seen(dataset, settings), sampler=todo, batch_size=None, num_workers=args.workers, collate_fn=unchanged, worker_init_fn=ignore_signals
+        Seen(dataset, settings),
+        sampler=todo,
+        batch_size=None,
+        num_workers=args.workers,
+        collate_fn=unchanged,
+        worker_init_fn=ignore_signals,
     )
     start = last_line = time.time()
     for n, (i, (sample, prediction, regions, scores)) in enumerate(zip(todo, segmenter(raised(loader))), 1):

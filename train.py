@@ -115,7 +115,9 @@ def parse_args(argv=None):
     )
     run.add_argument("--output", help="folder for checkpoint.pt and log.jsonl [%(default)s]")
     run.add_argument("--resume", action="store_true", help="go on from OUTPUT's last good checkpoint, if there is one")
-    run.add_argument("--save-every", type=int, default=200, metavar="STEPS", help="between checkpoints; 0: none [%(default)s]")
+    run.add_argument(
+        "--save-every", type=int, default=200, metavar="STEPS", help="between checkpoints; 0: none [%(default)s]"
+    )
     run.add_argument("--save-minutes", type=float, default=15, metavar="M", help="between checkpoints at most [%(default)s]")
     run.add_argument("--keep", type=int, default=2, help="checkpoints: checkpoint.pt, checkpoint.1.pt, ... [%(default)s]")
     run.add_argument("--log-every", type=int, default=20, metavar="STEPS", help="between log lines [%(default)s]")
@@ -131,9 +133,13 @@ def parse_args(argv=None):
     machine = parser.add_argument_group("the machine")
     machine.add_argument("--device", help="cpu, cuda, cuda:1, ... [a GPU if there is one]")
     machine.add_argument(
-        "--precision", choices=("bf16", "fp16", "fp32"), help="[bf16; fp16 on a GPU that does not know it; slow CPUs: try fp32]"
+        "--precision",
+        choices=("bf16", "fp16", "fp32"),
+        help="[bf16; fp16 on a GPU that does not know it; slow CPUs: try fp32]",
     )
-    machine.add_argument("--workers", type=int, default=2, help="processes that prepare pairs; 0: none but this [%(default)s]")
+    machine.add_argument(
+        "--workers", type=int, default=2, help="processes that prepare pairs; 0: none but this [%(default)s]"
+    )
     machine.add_argument(
         "--accumulate",
         type=int,
@@ -159,7 +165,9 @@ def parse_args(argv=None):
     recipe.add_argument(
         "--vocabulary", help='"learned" of the first captions, "openai", or a file; of --init, if it has one [%(default)s]'
     )
-    recipe.add_argument("--text-length", type=int, metavar="T", help="tokens of a caption [%(default)s; None: context_length]")
+    recipe.add_argument(
+        "--text-length", type=int, metavar="T", help="tokens of a caption [%(default)s; None: context_length]"
+    )
     recipe.add_argument("--steps", type=int, help="0 writes the untrained model, to compare with [small: 1200]")
     recipe.add_argument("--epochs", type=float, help="in place of --steps: how often each pair is seen [paper: 10]")
     recipe.add_argument("--batch-size", type=int, help="pairs in a step, over all processes [%(default)s]")
@@ -173,7 +181,10 @@ def parse_args(argv=None):
     recipe.add_argument("--weight-decay", type=float, default=0.05, help="of matrices; vectors have none [%(default)s]")
     recipe.add_argument("--crop-scale", type=float, help="least share of a picture in a crop [%(default)s]")
     recipe.add_argument(
-        "--superpatch", choices=("floor", "majority"), default="floor", help="rule for patches between superpixels [%(default)s]"
+        "--superpatch",
+        choices=("floor", "majority"),
+        default="floor",
+        help="rule for patches between superpixels [%(default)s]",
     )
     recipe.add_argument("--reconstruction-weight", type=float, default=1.0, help="of L_rec in Eq. 7; 0: none [%(default)s]")
     recipe.add_argument(
@@ -503,12 +514,13 @@ def main(argv=None):
             for kind, message in met:
                 told[kind] += 1
                 if told[kind] <= 3:
-                    print(f"skipped: {message}" + ("; others of the kind are counted" if told[kind] == 3 else ""), file=sys.stderr)
+                    print(
+                        f"skipped: {message}" + ("; others of the kind are counted" if told[kind] == 3 else ""),
+                        file=sys.stderr,
+                    )
             extra = Counter(kind for kind, _ in met)
             extra = torch.tensor([interruption.name is not None, *(extra[kind] for kind in Fault.KINDS)], dtype=torch.float32)
-            picture, superpatch, text, extra = (
-                x.to(device, non_blocking=True) for x in (picture, superpatch, text, extra)
-            )
+            picture, superpatch, text, extra = (x.to(device, non_blocking=True) for x in (picture, superpatch, text, extra))
             generator.manual_seed(args.seed * 1_000_003 + step)
             noise = model.draw_noise(args.batch_size, num_patches, generator)
             noise = {name: values[rows] for name, values in noise.items()}
@@ -542,7 +554,9 @@ def main(argv=None):
             if due and rank == 0 and recent:
                 now = time.time()
                 line = {"step": done, **{name: sum(row[name] for row in recent) / len(recent) for name in (*parts, "grad")}}
-                line["loss"] = line["con"] + args.reconstruction_weight * line.get("rec", 0) + args.superpixel_weight * line["sup"]
+                line["loss"] = (
+                    line["con"] + args.reconstruction_weight * line.get("rec", 0) + args.superpixel_weight * line["sup"]
+                )
                 rate = (done - last_step) / (now - since)
                 line |= {"lr": args.lr * lr_factor(step, args), "scale": model.clip.logit_scale.exp().item()}
                 line |= {"pairs_per_second": rate * args.batch_size, "faults": sum(faults.values())}
@@ -569,7 +583,9 @@ def main(argv=None):
         if rank == 0:
             if faults:
                 print(f"of {done * args.batch_size} pairs, {count_faults(faults)}")
-            print(f"wrote {path}" + (f"; stopped at step {done} of {args.steps}: --resume goes on" if done < args.steps else ""))
+            print(
+                f"wrote {path}" + (f"; stopped at step {done} of {args.steps}: --resume goes on" if done < args.steps else "")
+            )
     if world > 1:
         dist.destroy_process_group()
 

@@ -180,7 +180,11 @@ def test_coco_captions_and_karpathys_split(pictures, tmp_path):
     (tmp_path / "captions.json").write_text(json.dumps(coco))
     source = open_all(f"{tmp_path}/captions.json={pictures}")
     assert captions(source) == numbers(6)
-    assert {(int(s.caption.split()[2]) // 2, int(s.name[0])) for s in map(source.__getitem__, range(6))} == {(0, 0), (1, 1), (2, 2)}
+    assert {(int(s.caption.split()[2]) // 2, int(s.name[0])) for s in map(source.__getitem__, range(6))} == {
+        (0, 0),
+        (1, 1),
+        (2, 2),
+    }
     split = [
         {"filepath": "pictures", "filename": f"{i}.jpg", "split": name, "sentences": [{"raw": caption(i)}]}
         for i, name in enumerate(["train", "val", "restval", "train", "test"])
@@ -196,7 +200,10 @@ def test_kinds_of_data_mix(pictures, shards, tmp_path):
     assert source[23].caption == caption(23) and source[24 + 1_000_000].caption.startswith("row")
 
 
-@pytest.mark.parametrize("spec", ["nowhere.csv", "nowhere.tar", "x{0..3}.tar", "nothing*.tar", "photo.jpg", "empty.csv", "broken.json", "list.json"])
+@pytest.mark.parametrize(
+    "spec",
+    ["nowhere.csv", "nowhere.tar", "x{0..3}.tar", "nothing*.tar", "photo.jpg", "empty.csv", "broken.json", "list.json"],
+)
 def test_data_that_is_not_there(tmp_path, monkeypatch, spec):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.csv").write_text("")
