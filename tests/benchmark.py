@@ -1,26 +1,71 @@
 """Speed, as ratios between two ways in the same run; not a test.
 
 python tests/benchmark.py evaluate      labelling photographs with a ViT-B/16 of random weights
+python tests/benchmark.py train         a step of the paper's recipe: on a CPU, 8 pairs; on a GPU, 256 to 1,024
+python tests/benchmark.py loader        pairs per second and core, from tar shards of photographs
 """
 
 import argparse
+import contextlib
+import copy
+import io
 import resource
 import statistics
 import sys
+import tarfile
+import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import ConcatDataset, DataLoader
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from data import SegmentationFolder
+import data
+import model as model_py
+import train
+from clip_loader import Tokenizer
+from data import Batches, SegmentationFolder, TrainingPairs, collate
 from evaluate import Seen, Segmenter, Settings
 from model import Config, SegCLIP
 
 PHOTOGRAPHS = Path(__file__).parent / "golden/pipeline/voc_like"
+
+
+def matrix_rate(dtype, device="cpu", n=1536):
+    """Multiplications and additions per second of this processor, in matrix products."""
+    n = n if device == "cpu" else 8192
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    times = []
+    for _ in range(8):
+        start = clock(device)
+        a @ b
+        times.append(clock(device) - start)
+    return 2 * n**3 / statistics.median(times)
+
+
+def clock(device="cpu"):
+    if device != "cpu":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def count_work(function):
+    """Multiplications and additions of all matrix products in a call of the function."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        function()
+    return counter.get_total_flops()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# evaluate
 
 
 class AuthorsArrangement(Segmenter):
@@ -35,32 +80,8 @@ class AuthorsArrangement(Segmenter):
         return type(parts[0])(*(torch.cat(fields) for fields in zip(*parts)))
 
 
-def matrix_rate(dtype, n=1536):
-    """Multiplications and additions per second of this processor, in matrix products."""
-    a, b = torch.randn(n, n).to(dtype), torch.randn(n, n).to(dtype)
-    times = []
-    for _ in range(8):
-        start = time.perf_counter()
-        a @ b
-        times.append(time.perf_counter() - start)
-    return 2 * n**3 / statistics.median(times)
-
-
-def encoder_work(model):
-    """Multiplications and additions of one window: the matrix products of every linear layer, and of attention."""
-    c = model.config
-    N, D, L = (c.image_size // c.patch_size) ** 2, c.vision_width, c.num_centers
-
-    def block(tokens):
-        return 2 * 12 * tokens * D**2 + 4 * tokens**2 * D
-
-    first, third = c.first_stage_layers * block(N), (c.vision_layers - c.first_stage_layers) * block(L)
-    cross = c.cross_layers * 2 * (2 * (N + L) + 10 * L) * D**2
-    return 2 * N * 3 * c.patch_size**2 * D + first + third + cross
-
-
 @torch.inference_mode()
-def evaluate(rounds):
+def evaluate(args):
     torch.manual_seed(0)
     model = SegCLIP(Config()).eval()
     model.clip.logit_scale.data.fill_(np.log(100))
@@ -76,7 +97,7 @@ def evaluate(rounds):
     times, labels, encoding = {way: [] for way in ways}, {}, {way: [] for way in ways}
     for way, segmenter in ways.items():  # how much of the time is the encoder's
         segmenter.encode = timed(segmenter.encode, encoding[way])
-    for turn in range(rounds + 1):
+    for turn in range(args.rounds + 1):
         for way, segmenter in ways.items():
             start = time.perf_counter()
             labels[way] = [label for _, label, _, _ in segmenter(pictures)]
@@ -90,17 +111,15 @@ def evaluate(rounds):
     a, b, c = (np.concatenate([label.ravel() for label in labels[way]]) for way in ways)
     print(f"pixels of (b) equal to (a): {100 * (a == b).mean():.4f} %; of (c) equal to (b): {100 * (c == b).mean():.2f} %")
     windows = sum(-(-max(seen.shape[:2]) // 224) for _, seen in pictures) / len(pictures)
+    work = windows * count_work(lambda: model.encode_image(torch.zeros(1, 3, 224, 224)))
     for way, dtype in (("(b) ours, fp32", torch.float32), ("(c) ours, bf16", torch.bfloat16)):
-        calls = len(encoding[way]) // (rounds + 1)
-        seconds = sum(encoding[way][calls:]) / rounds / len(pictures)
-        rate, peak = windows * encoder_work(model) / seconds, matrix_rate(dtype)
+        calls = len(encoding[way]) // (args.rounds + 1)
+        seconds = sum(encoding[way][calls:]) / args.rounds / len(pictures)
         print(
-            f"{way}: the encoder takes {100 * seconds / statistics.median(times[way]):.0f} % of the time, at {rate / 1e9:.0f} GFLOP/s; "
-            f"matrix products alone reach {peak / 1e9:.0f}"
+            f"{way}: the encoder takes {100 * seconds / statistics.median(times[way]):.0f} % of the time, at "
+            f"{work / seconds / 1e9:.0f} GFLOP/s; matrix products alone reach {matrix_rate(dtype) / 1e9:.0f}"
         )
-    print(
-        f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB, {torch.get_num_threads()} threads"
-    )
+    print(f"peak memory {peak_memory():.2f} GiB, {torch.get_num_threads()} threads")
 
 
 def timed(function, times):
@@ -113,9 +132,242 @@ def timed(function, times):
     return call
 
 
+def peak_memory():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# train
+
+
+class AuthorsAttention(nn.MultiheadAttention):
+    """torch's own attention with tokens first, as OpenAI and the authors call it; the same parameters as ours."""
+
+    def __init__(self, width, heads):
+        super().__init__(width, heads)
+
+    def forward(self, query, memory, causal=False):
+        mask = nn.Transformer.generate_square_subsequent_mask(query.shape[1]) if causal else None
+        query, memory = query.transpose(0, 1), memory.transpose(0, 1)  # [B, N, D] -> [N, B, D]
+        return super().forward(query, memory, memory, need_weights=False, attn_mask=mask)[0].transpose(0, 1)
+
+
+class Way:
+    """One way to compute a step of the paper's recipe, with a model of its own that goes on from step to step."""
+
+    def __init__(self, model, device, precision, *flags, authors=False):
+        self.args = train.parse_args(["--recipe", "paper", "--precision", precision, *flags])
+        self.model = copy.deepcopy(model).to(device).train()
+        train.freeze(self.model, self.args)
+        if self.args.checkpoint_activations:
+            train.checkpoint_activations(self.model)
+        if self.args.compile:
+            self.model.compile()
+        self.optimizer = train.build_optimizer(self.model, self.args)
+        if authors:
+            self.optimizer = torch.optim.AdamW(train.parameter_groups(self.model, self.args), foreach=False)
+        for group in self.optimizer.param_groups:
+            group["lr"] = 1e-2 * group["peak_lr"]  # as in the warm-up
+        self.scaler = torch.amp.GradScaler(device, 1.0, growth_interval=2**31 - 1)
+        self.times, self.losses = [], []
+
+    def step(self, image, superpatch, text, noise):
+        self.optimizer.zero_grad()
+        extra = image.new_zeros(1)
+        values, _ = train.compute_gradients(self.model, (image, superpatch, text), noise, self.args, self.scaler, extra)
+        self.scaler.unscale_(self.optimizer)
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return values
+
+
+def make_batch(model, batch_size, device, turn):
+    generator = torch.Generator(device).manual_seed(turn)
+    options = {"generator": generator, "device": device}
+    image = torch.randn(batch_size, 3, 224, 224, **options)
+    superpatch = torch.randint(0, 30, (batch_size, 196), **options)
+    text = torch.randint(1, 49000, (batch_size, 32), **options)
+    text[:, 12] = 49407
+    return image, superpatch, text, model.draw_noise(batch_size, 196, generator)
+
+
+def train_on_cpu(args):
+    torch.manual_seed(0)
+    model, size = SegCLIP(Config()), (args.batch_sizes or [8])[0]
+    with authors_blocks():
+        theirs = SegCLIP(Config())
+    theirs.load_state_dict(model.state_dict())
+    ways = {
+        "(a) as the authors, fp32": Way(theirs, "cpu", "fp32", authors=True),
+        "(b) ours, fp32": Way(model, "cpu", "fp32"),
+        "(c) ours, bf16": Way(model, "cpu", "bf16"),
+    }
+    if args.compile:
+        ways["(d) ours, bf16, compiled"] = Way(model, "cpu", "bf16", "--compile")
+    del theirs
+    for turn in range(args.rounds + 1):
+        batch = make_batch(model, size, "cpu", turn)
+        for way in ways.values():
+            start = time.perf_counter()
+            values = way.step(*batch)
+            if turn:
+                way.times.append(time.perf_counter() - start)
+            way.losses.append(values[:3].sum().item())
+    work = count_work(lambda: Way(model, "cpu", "fp32").step(*batch))
+    print(f"batch {size}, {torch.get_num_threads()} threads; a step has {work / 1e12:.2f} T multiplications and additions")
+    rates = {"fp32": matrix_rate(torch.float32), "bf16": matrix_rate(torch.bfloat16)}
+    base = statistics.median(ways["(a) as the authors, fp32"].times)
+    exact = ways["(b) ours, fp32"].losses
+    for name, way in ways.items():
+        seconds, peak = statistics.median(way.times), rates[way.args.precision]
+        off = max(abs(x - y) / y for x, y in zip(way.losses, exact))
+        print(
+            f"{name:26} {seconds:.2f} s per step, {base / seconds:.2f} times (a); {work / seconds / 1e9:.0f} GFLOP/s, "
+            f"{100 * work / seconds / peak:.0f} % of what matrix products reach ({peak / 1e9:.0f}); loss "
+            f"{way.losses[0]:.4f} -> {way.losses[-1]:.4f}, at most {100 * off:.2f} % from (b)"
+        )
+    print(f"peak memory of all together {peak_memory():.1f} GiB")
+
+
+@contextlib.contextmanager
+def authors_blocks():
+    ours, model_py.Attention = model_py.Attention, AuthorsAttention
+    yield
+    model_py.Attention = ours
+
+
+def train_on_gpu(args):
+    torch.set_float32_matmul_precision("high")
+    torch.manual_seed(0)
+    model, peak = SegCLIP(Config()), matrix_rate(torch.bfloat16, "cuda")
+    print(f"{torch.cuda.get_device_name()}; bf16 matrix products reach {peak / 1e12:.0f} TFLOP/s")
+    work = count_work(lambda: Way(model, "cuda", "bf16").step(*make_batch(model, 8, "cuda", 0))) / 8
+    for flags in [[], ["--compile"]] if args.compile else [[]]:
+        for size in args.batch_sizes or [256, 512, 768, 1024]:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            way, batch = Way(model, "cuda", "bf16", *flags), make_batch(model, size, "cuda", 0)
+            for turn in range(args.rounds + 3):
+                start = clock("cuda")
+                way.step(*batch)
+                if turn >= 3:
+                    way.times.append(clock("cuda") - start)
+            seconds, memory = statistics.median(way.times), torch.cuda.max_memory_allocated() / 2**30
+            print(
+                f"batch {size:5} bf16 {' '.join(flags):10} {size / seconds:6.0f} pairs/s  {memory:.0f} GiB  "
+                f"{work * size / seconds / 1e12:.0f} TFLOP/s, {100 * work * size / seconds / peak:.0f} % of matrix products"
+            )
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            way.step(*batch)
+        print(profile.key_averages().table(sort_by="cuda_time_total", row_limit=15, max_name_column_width=70))
+
+
+def train_step(args):
+    (train_on_gpu if args.device == "cuda" else train_on_cpu)(args)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# loader
+
+WORDS = "a photo of two people with an umbrella who walk their brown dog along the wet street in front of old houses".split()
+
+
+def photographs():
+    return sorted([*PHOTOGRAPHS.rglob("*.jpg"), *(PHOTOGRAPHS.parents[1] / "ade_sample").rglob("*.jpg")])
+
+
+def write_shards(folder, count, short_side):
+    """Shards of 1,000 pairs: the photographs of the tests, their short side reduced as img2dataset does (None: as it is)."""
+    contents = []
+    for path in photographs():
+        content = path.read_bytes()
+        if short_side:
+            image, file = Image.open(path).convert("RGB"), io.BytesIO()
+            scale = short_side / min(image.size)
+            image.resize([round(side * scale) for side in image.size], Image.BICUBIC).save(file, "JPEG", quality=95)
+            content = file.getvalue()
+        contents.append(content)
+    rng = np.random.RandomState(0)
+    for n in range(count // 1000):
+        with tarfile.open(folder / f"{n:05}.tar", "w") as tar:
+            for i in range(1000 * n, 1000 * n + 1000):
+                caption = " ".join(rng.permutation(WORDS)[:12])
+                for suffix, content in (("jpg", contents[i % len(contents)]), ("txt", caption.encode())):
+                    member = tarfile.TarInfo(f"{i:09}.{suffix}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+    return str(folder / f"{{00000..{count // 1000 - 1:05}}}.tar")
+
+
+def loader(args):
+    torch.set_num_threads(1)
+    for short_side in (256, None):
+        with tempfile.TemporaryDirectory() as folder:
+            shards = write_shards(Path(folder), 1000, short_side)
+            print("photographs with a short side of 256" if short_side else "photographs as they are, 300 to 586 pixels")
+            measure_loader(shards, 100, "superpixels computed while loading")
+            data.main(["superpixels", "--data", shards, "--workers", "2"])
+            data.ShardReader.of.cache_clear()
+            for _ in range(args.rounds):
+                measure_loader(shards, 1000, "superpixels computed before")
+            stages(shards, 500)
+    with tempfile.TemporaryDirectory() as folder:  # memory, of this process, which prepares them itself
+        shards = write_shards(Path(folder), 20_000, 256)
+        known = {}  # superpixels, of photographs that come again and again
+        for n, source in enumerate(data.open_pairs([shards], Config(), 0)):
+            jobs = data.SuperpixelJobs(source, range(1000), 224, 16)
+            which = [(1000 * n + i) % len(photographs()) for i in range(1000)]
+            source.save_superpixels((i, known.get(k) or known.setdefault(k, jobs[i][1])) for i, k in enumerate(which))
+        data.ShardReader.of.cache_clear()
+        pairs, batches = training_pairs(shards, 20_000)
+        seen = 0
+        for batch in DataLoader(pairs, batch_sampler=batches, collate_fn=collate):
+            seen += len(batch[0])
+            if seen in (1000, 2000, 5000, 10_000, 15_000, 20_000):
+                pages = int(Path("/proc/self/statm").read_text().split()[1])
+                print(f"{seen:6} pairs streamed: {pages * resource.getpagesize() / 2**20:.0f} MiB")
+
+
+def training_pairs(shards, count):
+    sources = data.open_pairs([shards], Config(), 0)
+    pairs = TrainingPairs(ConcatDataset(sources), Tokenizer.learn([" ".join(WORDS)], 200), Config(), 0.5, 0, 32)
+    return pairs, Batches([len(s) for s in sources], 0, 100, slice(0, 100), range(count // 100))
+
+
+def measure_loader(shards, count, what):
+    pairs, batches = training_pairs(shards, count)
+    start = time.perf_counter()
+    for _ in DataLoader(pairs, batch_sampler=batches, collate_fn=collate):
+        pass
+    print(f"  {what}: {count / (time.perf_counter() - start):.0f} pairs/s on one core")
+
+
+def stages(shards, count):
+    """Where the time goes: each function's own, and with it that of what it calls."""
+    times = {}
+    names = ["decode_for_training", "decode_segments", "random_resized_crop", "patch_labels", "check_caption", "superpixels"]
+    originals = {name: getattr(data, name) for name in names}
+    for name, original in originals.items():
+        setattr(data, name, timed(original, times.setdefault(name, [])))
+    pairs, batches = training_pairs(shards, count)
+    pairs.tokenizer = timed(pairs.tokenizer, times.setdefault("tokenizer", []))
+    start = time.perf_counter()
+    for _ in DataLoader(pairs, batch_sampler=batches, collate_fn=collate):
+        pass
+    total = time.perf_counter() - start
+    for name, original in originals.items():
+        setattr(data, name, original)
+    shares = {name: 1e3 * sum(values) / count for name, values in times.items()} | {"all": 1e3 * total / count}
+    print("  milliseconds a pair: " + ", ".join(f"{name} {value:.2f}" for name, value in shares.items()))
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("what", choices=["evaluate"])
+    parser.add_argument("what", choices=["evaluate", "train", "loader"])
     parser.add_argument("--rounds", type=int, default=5, help="measured runs of each way [%(default)s]")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="of train [%(default)s]")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", help="of train [cpu: 8; cuda: 256 512 768 1024]")
+    parser.add_argument("--no-compile", dest="compile", action="store_false", help="train without torch.compile too")
     args = parser.parse_args()
-    evaluate(args.rounds)
+    {"evaluate": evaluate, "train": train_step, "loader": loader}[args.what](args)
