@@ -76,9 +76,12 @@ class Attention(nn.Module):
         nn.init.normal_(self.in_proj_weight, std=width**-0.5)
 
     def forward(self, query, memory, causal=False):
-        width = query.shape[-1]
-        q = F.linear(query, self.in_proj_weight[:width], self.in_proj_bias[:width])
-        k, v = F.linear(memory, self.in_proj_weight[width:], self.in_proj_bias[width:]).chunk(2, dim=-1)
+        if memory is query:  # one product in place of two, and of three
+            q, k, v = F.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
+        else:
+            sizes = (query.shape[-1], 2 * query.shape[-1])
+            (w_q, w_kv), (b_q, b_kv) = self.in_proj_weight.split(sizes), self.in_proj_bias.split(sizes)
+            q, (k, v) = F.linear(query, w_q, b_q), F.linear(memory, w_kv, b_kv).chunk(2, dim=-1)
         q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (q, k, v))  # [B, heads, Q or K, D/heads]
         x = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
         return self.out_proj(x.transpose(1, 2).flatten(2))  # [B, heads, Q, D/heads] -> [B, Q, D]

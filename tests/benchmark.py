@@ -165,7 +165,8 @@ class Way:
             self.model.compile()
         self.optimizer = train.build_optimizer(self.model, self.args)
         if authors:
-            self.optimizer = torch.optim.AdamW(train.parameter_groups(self.model, self.args), foreach=False)
+            groups = train.parameter_groups(self.model, self.args)
+            self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-6, foreach=False)
         for group in self.optimizer.param_groups:
             group["lr"] = 1e-2 * group["peak_lr"]  # as in the warm-up
         self.scaler = torch.amp.GradScaler(device, 1.0, growth_interval=2**31 - 1)
