@@ -444,7 +444,8 @@ class TrainingPairs(torch.utils.data.Dataset):
 
     picture uint8 [P, P, 3] (P = image_size), super-patches int [N], token ids [T], and the faults met: (kind, text), ...
     `source[i]` is a Sample, or raises a Fault; then another pair, chosen at random, stands in. What is seen at a place
-    depends on nothing else: not on who asks, nor when, nor on faults elsewhere.
+    depends on nothing else: not on who asks, nor when, nor on faults elsewhere. rule: for patch_labels; None: no superpixels
+    are needed.
     """
 
     def __init__(self, source, tokenizer, config, crop_scale=1.0, seed=0, text_length=None, rule="floor"):
@@ -454,6 +455,7 @@ class TrainingPairs(torch.utils.data.Dataset):
     def __getitem__(self, key):
         place, index = key
         size, patch_size = self.config.image_size, self.config.patch_size
+        place %= 2**32  # what RandomState can take
         rng, faults = np.random.RandomState([self.seed, place]), []
         sample = None
         while sample is None:
@@ -464,7 +466,7 @@ class TrainingPairs(torch.utils.data.Dataset):
                 if len(faults) == 1000:
                     raise InputError(f"1,000 pairs in a row cannot be used; the last: {fault}") from None
                 index = np.random.RandomState([self.seed, place, len(faults)]).randint(len(self.source))
-        segments = sample.segments
+        segments = sample.segments if self.rule else np.zeros(reduced_size(*sample.picture.shape[:2], size), np.uint8)
         if isinstance(segments, np.ndarray) and segments.shape != reduced_size(*sample.picture.shape[:2], size):
             segments = Fault("missing superpixels", sample.name, "those that are there are of another picture")
         if isinstance(segments, Fault):
@@ -472,7 +474,7 @@ class TrainingPairs(torch.utils.data.Dataset):
         if not isinstance(segments, np.ndarray):
             segments = superpixels(sample.picture, size, patch_size)
         picture, segments = random_resized_crop(sample.picture, segments, size, rng, self.crop_scale)
-        superpatch = patch_labels(segments, patch_size, self.rule)
+        superpatch = patch_labels(segments, patch_size, self.rule or "floor")
         text = self.tokenizer(sample.caption, self.text_length)[0]
         return torch.tensor(picture), torch.tensor(superpatch), text, faults
 

@@ -89,5 +89,7 @@ def total_loss(outputs, image, superpatch, reconstruction_weight=1.0, superpixel
     if "pixels" in outputs:
         parts["rec"] = reconstruction_loss(outputs["pixels"], image, outputs["mask"])
         total = total + reconstruction_weight * parts["rec"]
-    parts["sup"] = superpixel_kl_loss(outputs["assign"], superpatch)
-    return total + superpixel_weight * parts["sup"], parts
+    if superpixel_weight:
+        parts["sup"] = superpixel_kl_loss(outputs["assign"], superpatch)
+        total = total + superpixel_weight * parts["sup"]
+    return total, parts

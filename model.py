@@ -412,7 +412,8 @@ class SegCLIP(nn.Module):
         with nullcontext() if self.training else torch.autocast(image.device.type, enabled=False):
             regions, hard, soft = self.group(patches, gumbel_noise)  # [B, L, D]
         regions = self.third_stage(regions)  # Z_p [B, L, D]
-        return ImageEncoding(visual.project(regions.amax(dim=1)), visual.project(regions), hard, soft)
+        # max and not amax, which looks for the maximum again in the backward pass: compiled in bf16, it was not found.
+        return ImageEncoding(visual.project(regions.max(dim=1).values), visual.project(regions), hard, soft)
 
     def reconstruct(self, image, mask_noise=None, gumbel_noise=None):
         """Hide most patches, group the rest, predict the pixels of all (Section 2.3).

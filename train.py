@@ -285,6 +285,24 @@ def build_model(args, vocab_size):
     return model
 
 
+def open_run(args, resumed, resumed_path, rank, world):
+    """-> tokenizer, model and sources of pairs: of the run that is resumed, of --init, or new. Raises InputError."""
+    open_data = functools.partial(
+        open_pairs, args.data, seed=args.seed, workers=args.workers, max_faults=args.max_faults, rank=rank, world=world
+    )
+    if resumed:
+        check_resumed(resumed, args, resumed_path)
+        model = load_segclip(resumed_path)
+        return Tokenizer(resumed["merges"]), model, open_data(model.config)
+    if args.init:
+        tokenizer = choose_tokenizer(args, None)
+        model = build_model(args, tokenizer.vocab_size)
+        return tokenizer, model, open_data(model.config)  # crops are of the size that the weights are made for
+    sources = open_data(argparse.Namespace(**choose_sizes(args)))  # the vocabulary may be learned of them
+    tokenizer = choose_tokenizer(args, sources)
+    return tokenizer, build_model(args, tokenizer.vocab_size), sources
+
+
 def freeze(model, args):
     """Switch off the gradient of what the recipe does not train."""
     for name, parameter in model.named_parameters():
@@ -421,7 +439,8 @@ def main(argv=None):
     if args.precision is None:
         known = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
         args.precision = "bf16" if known else "fp16"
-    torch.set_float32_matmul_precision("high")  # TF32 for what is not in half precision
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 for what is not in half precision
     if device.type == "cpu" and world == 1 and args.workers:  # threads that fight the workers for cores cost a third
         torch.set_num_threads(max(1, torch.get_num_threads() - args.workers))
 
@@ -429,21 +448,7 @@ def main(argv=None):
     path = output / "checkpoint.pt"
     resumed, resumed_path = last_checkpoint(path) if args.resume else (None, None)
     torch.manual_seed(args.seed)
-    find_pairs = functools.partial(
-        open_pairs, args.data, seed=args.seed, workers=args.workers, max_faults=args.max_faults, rank=rank, world=world
-    )
-    if resumed:
-        check_resumed(resumed, args, resumed_path)
-        tokenizer, model = Tokenizer(resumed["merges"]), load_segclip(resumed_path)
-        sources = find_pairs(model.config)
-    elif args.init:
-        tokenizer = choose_tokenizer(args, None)
-        model = build_model(args, tokenizer.vocab_size)
-        sources = find_pairs(model.config)  # crops are of the size that the weights are made for
-    else:
-        sources = find_pairs(argparse.Namespace(**choose_sizes(args)))
-        tokenizer = choose_tokenizer(args, sources)
-        model = build_model(args, tokenizer.vocab_size)
+    tokenizer, model, sources = open_run(args, resumed, resumed_path, rank, world)
     model, config, flags = model.to(device), model.config, dict(vars(args))
     lengths = [len(source) for source in sources]
     if args.steps is None:
@@ -475,7 +480,8 @@ def main(argv=None):
     share = args.batch_size // world
     rows = slice(rank * share, (rank + 1) * share)
     pairs = torch.utils.data.ConcatDataset(sources)
-    pairs = TrainingPairs(pairs, tokenizer, config, args.crop_scale, args.seed, args.text_length, args.superpatch)
+    rule = args.superpatch if args.superpixel_weight else None
+    pairs = TrainingPairs(pairs, tokenizer, config, args.crop_scale, args.seed, args.text_length, rule)
     loader = DataLoader(
         pairs,
         batch_sampler=Batches(lengths, args.seed, args.batch_size, rows, range(start, args.steps)),
@@ -503,6 +509,8 @@ def main(argv=None):
         if args.resume:
             print(f"resumed {resumed_path} at step {start}" if resumed else f"{path}: nothing to resume; a new run begins")
     eval_args = evaluate.parse_args([*shlex.split(args.evaluate), "--output", str(output / "evaluation")])
+    if args.eval_every:
+        evaluate.open_dataset(eval_args, config.image_size)  # what is wrong with it should be said now, not in hours
     model.train()
     unread, recent, skipped, told = [], [], 0, Counter()
     since = last_save = time.time()
@@ -571,8 +579,9 @@ def main(argv=None):
                     f"{args.max_faults}; mend the data or allow more, and --resume"
                 )
             if args.eval_every and (done % args.eval_every == 0 or done == args.steps):
+                paused = time.time()
                 best = evaluate_model(eval_args, model, tokenizer, rank, world, done, best, output)
-                since += time.time() - now if rank == 0 and due else 0
+                since += time.time() - paused
             if stop:
                 break
             minutes = (time.time() - last_save) / 60

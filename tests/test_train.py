@@ -309,6 +309,17 @@ os._exit(0)  # what DDP (2.13) leaves of gloo does not survive an ordinary end
 """
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", ["", "--accumulate 2", "--checkpoint-activations", "--precision bf16"])
+def test_a_compiled_run_follows_the_plain_one(tmp_path, flags):
+    tolerance = 0.02 if "bf16" in flags else 1e-4
+    flags = ("--steps", "4", "--log-every", "1", *flags.split())
+    run(tmp_path / "plain", *flags)
+    run(tmp_path / "compiled", *flags, "--compile", "--eval-every", "2", "--evaluate", "--limit 2 --workers 0")
+    for ours, theirs in zip(log_of(tmp_path / "plain"), log_of(tmp_path / "compiled"), strict=True):
+        assert theirs["loss"] == pytest.approx(ours["loss"], rel=tolerance)  # a step whose gradient is not finite has no line
+
+
 @pytest.mark.parametrize("precision, tolerance", [("bf16", 0.03), ("fp16", 0.1)])  # fp16 skips steps until its scale is right
 def test_precisions_follow_fp32(tmp_path, precision, tolerance):
     flags = ("--steps", "12", "--log-every", "12")
