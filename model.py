@@ -371,6 +371,13 @@ class ImageEncoding(NamedTuple):
     soft: torch.Tensor  # [B, N, L]     softmax over the centers, no noise
 
 
+@torch.compiler.disable  # in bf16, a compiled backward pass rounds otherwise, and finds no region that has the maximum
+def max_over_regions(regions):
+    """[B, L, D] -> [B, D]. Where regions tie, as they often do in bf16, amax divides the gradient between them; max would
+    give it to the first, and the small default then ends at a mIoU of 32 in place of 48 % (one run each)."""
+    return regions.amax(dim=1)
+
+
 class SegCLIP(nn.Module):
     """CLIP with a semantic group module between two blocks of its image encoder (Luo et al., ICML 2023)."""
 
@@ -412,8 +419,7 @@ class SegCLIP(nn.Module):
         with nullcontext() if self.training else torch.autocast(image.device.type, enabled=False):
             regions, hard, soft = self.group(patches, gumbel_noise)  # [B, L, D]
         regions = self.third_stage(regions)  # Z_p [B, L, D]
-        # max and not amax, which looks for the maximum again in the backward pass: compiled in bf16, it was not found.
-        return ImageEncoding(visual.project(regions.max(dim=1).values), visual.project(regions), hard, soft)
+        return ImageEncoding(visual.project(max_over_regions(regions)), visual.project(regions), hard, soft)
 
     def reconstruct(self, image, mask_noise=None, gumbel_noise=None):
         """Hide most patches, group the rest, predict the pixels of all (Section 2.3).

@@ -432,6 +432,70 @@ class Interruption:
             signal.signal(number, handler)
 
 
+class Watch:
+    """What a run says of itself. The numbers of the steps stay on the GPU until there is something to say: reading waits."""
+
+    def __init__(self, args, start, faults, log):
+        self.args, self.faults, self.log = args, faults, log
+        self.unread, self.recent, self.skipped, self.named = [], [], 0, Counter()
+        self.since, self.last_step = time.time(), start
+
+    def name_faults(self, met):
+        """Print the first faults of each kind that this process meets -> how many of each kind these are."""
+        for kind, text in met:
+            self.named[kind] += 1
+            if self.named[kind] <= 3:
+                more = "; more of the kind are only counted" if self.named[kind] == 3 else ""
+                print(f"skipped: {text}{more}", file=sys.stderr)
+        kinds = [kind for kind, _ in met]
+        return [kinds.count(kind) for kind in Fault.KINDS]
+
+    def read(self, parts, done):
+        """-> whether any process wants to stop: the same on all, since all have the same numbers. Raises InputError."""
+        stop = False
+        for row in torch.stack(self.unread).tolist():
+            row = dict(zip([*parts, "stop", *Fault.KINDS, "grad"], row))
+            stop = stop or row["stop"] > 0
+            self.faults.update({kind: int(row[kind]) for kind in Fault.KINDS if row[kind]})
+            self.skipped = 0 if math.isfinite(row["grad"]) else self.skipped + 1
+            self.recent += [] if self.skipped else [row]
+        self.unread = []
+        if self.skipped >= 10:
+            raise InputError(
+                f"step {done}: {self.skipped} gradients in a row are not finite, the run is broken; try a lower --lr "
+                "(the last checkpoint is kept)"
+            )
+        return stop
+
+    def write(self, done, parts, lr, scale):
+        """The line of the log: means since the last one."""
+        if not self.recent:
+            return
+        args, now = self.args, time.time()
+        line = {"step": done, **{name: sum(row[name] for row in self.recent) / len(self.recent) for name in (*parts, "grad")}}
+        weights = {"con": 1.0, "rec": args.reconstruction_weight, "sup": args.superpixel_weight}
+        line["loss"] = sum(weights[name] * line[name] for name in parts)
+        rate = (done - self.last_step) / (now - self.since)
+        line |= {"lr": lr, "scale": scale, "pairs_per_second": rate * args.batch_size, "faults": sum(self.faults.values())}
+        self.log.write(json.dumps(line) + "\n")
+        self.log.flush()
+        eta = datetime.timedelta(seconds=round((args.steps - done) / rate))
+        losses = " + ".join(f"{name} {line[name]:.3f}" for name in parts)
+        print(
+            f"step {done}/{args.steps}  loss {line['loss']:.3f} = {losses}  grad {line['grad']:.1f}  lr {lr:.1e}"
+            f"  scale {scale:.1f}  {line['pairs_per_second']:.0f} pairs/s  ETA {eta}",
+            flush=True,
+        )
+        self.recent, self.since, self.last_step = [], now, done
+
+    def too_many_faults(self, done):
+        return sum(self.faults.values()) > self.args.max_faults * max(1000, done * self.args.batch_size)
+
+    def count_faults(self, done):
+        counts = ", ".join(f"{count} x {kind}" for kind, count in self.faults.most_common())
+        return f"of {done * self.args.batch_size} pairs, {counts}"
+
+
 def main(argv=None):
     args = parse_args(argv)
     check(args, int(os.environ.get("WORLD_SIZE", 1)))
@@ -469,6 +533,9 @@ def main(argv=None):
         dist.all_reduce(ends, dist.ReduceOp.MAX)
         if ends.sum():
             raise InputError(f"{output}: not every process finds the same checkpoint there; it must be on a shared disk")
+    eval_args = evaluate.parse_args([*shlex.split(args.evaluate), "--output", str(output / "evaluation")])
+    if args.eval_every:
+        evaluate.open_dataset(eval_args, config.image_size)  # what is wrong with it should be said now, not in hours
     if args.checkpoint_activations:
         checkpoint_activations(model)
     if args.compile:
@@ -503,31 +570,20 @@ def main(argv=None):
             state |= {"step": step, "pairs": lengths, "faults": dict(faults), "best": best}
             save_checkpoint(path, model, args.keep, **state, args=flags, git=git_revision())
 
+    log = None
     if rank == 0:
         log = open_log(output, start if resumed else None)
         introduce(model, tokenizer, optimizer, lengths, args, world, device)
         if args.resume:
             print(f"resumed {resumed_path} at step {start}" if resumed else f"{path}: nothing to resume; a new run begins")
-    eval_args = evaluate.parse_args([*shlex.split(args.evaluate), "--output", str(output / "evaluation")])
-    if args.eval_every:
-        evaluate.open_dataset(eval_args, config.image_size)  # what is wrong with it should be said now, not in hours
+    watch, last_save, done = Watch(args, start, faults, log), time.time(), start
     model.train()
-    unread, recent, skipped, told = [], [], 0, Counter()
-    since = last_save = time.time()
-    last_step, step = start, start
     with Interruption() as interruption:
         for step, (picture, superpatch, text, met) in enumerate(loader, start):
+            lr = lr_factor(step, args)
             for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * lr_factor(step, args)
-            for kind, message in met:
-                told[kind] += 1
-                if told[kind] <= 3:
-                    print(
-                        f"skipped: {message}" + ("; others of the kind are counted" if told[kind] == 3 else ""),
-                        file=sys.stderr,
-                    )
-            extra = Counter(kind for kind, _ in met)
-            extra = torch.tensor([interruption.name is not None, *(extra[kind] for kind in Fault.KINDS)], dtype=torch.float32)
+                group["lr"] = group["peak_lr"] * lr
+            extra = torch.tensor([interruption.name is not None, *watch.name_faults(met)], dtype=torch.float32)
             picture, superpatch, text, extra = (x.to(device, non_blocking=True) for x in (picture, superpatch, text, extra))
             generator.manual_seed(args.seed * 1_000_003 + step)
             noise = model.draw_noise(args.batch_size, num_patches, generator)
@@ -542,59 +598,33 @@ def main(argv=None):
             with torch.no_grad():  # where the loss clamps the scale it has no gradient, and could never come back
                 model.clip.logit_scale.clamp_(max=math.log(100))
 
-            unread.append(torch.cat([values, norm[None]]))
-            done, stop = step + 1, False
+            done, stop = step + 1, world == 1 and interruption.name is not None
+            watch.unread.append(torch.cat([values, norm[None]]))
             due = done % args.log_every == 0 or done in (start + 1, args.steps)
-            if due or device.type == "cpu":  # reading waits for the GPU: only when there is something to say
-                for row in torch.stack(unread).tolist():
-                    row = dict(zip([*parts, "stop", *Fault.KINDS, "grad"], row))
-                    stop = stop or row["stop"] > 0  # so all processes stop after the same step
-                    faults.update({kind: int(row[kind]) for kind in Fault.KINDS if row[kind]})
-                    skipped = 0 if math.isfinite(row["grad"]) else skipped + 1
-                    recent += [] if skipped else [row]
-                unread = []
-            stop = stop or world == 1 and interruption.name is not None
-            if skipped >= 10:
-                raise InputError(
-                    f"step {done}: {skipped} gradients in a row are not finite, the run is broken; try a lower --lr "
-                    f"(the last checkpoint is kept)"
-                )
-            if due and rank == 0 and recent:
-                now = time.time()
-                line = {"step": done, **{name: sum(row[name] for row in recent) / len(recent) for name in (*parts, "grad")}}
-                line["loss"] = (
-                    line["con"] + args.reconstruction_weight * line.get("rec", 0) + args.superpixel_weight * line["sup"]
-                )
-                rate = (done - last_step) / (now - since)
-                line |= {"lr": args.lr * lr_factor(step, args), "scale": model.clip.logit_scale.exp().item()}
-                line |= {"pairs_per_second": rate * args.batch_size, "faults": sum(faults.values())}
-                log.write(json.dumps(line) + "\n")
-                log.flush()
-                print(log_line(line, parts, args.steps, rate), flush=True)
-                recent, since, last_step = [], now, done
-            if sum(faults.values()) > args.max_faults * max(1000, done * args.batch_size):
+            if due or device.type == "cpu":
+                stop = watch.read(parts, done) or stop
+            if due and rank == 0:
+                watch.write(done, parts, args.lr * lr, model.clip.logit_scale.exp().item())
+            if watch.too_many_faults(done):
                 save(done)
                 raise InputError(
-                    f"step {done}: of {done * args.batch_size} pairs, {count_faults(faults)}: more than --max-faults "
-                    f"{args.max_faults}; mend the data or allow more, and --resume"
+                    f"step {done}: {watch.count_faults(done)}: more than --max-faults {args.max_faults}; mend the data or "
+                    "allow more, and --resume"
                 )
             if args.eval_every and (done % args.eval_every == 0 or done == args.steps):
                 paused = time.time()
                 best = evaluate_model(eval_args, model, tokenizer, rank, world, done, best, output)
-                since += time.time() - paused
+                watch.since += time.time() - paused
             if stop:
                 break
-            minutes = (time.time() - last_save) / 60
-            if done < args.steps and (args.save_every and done % args.save_every == 0 or minutes > args.save_minutes):
+            late = time.time() - last_save > 60 * args.save_minutes
+            if done < args.steps and (late or args.save_every and done % args.save_every == 0):
                 save(done)
-        done = step + 1 if start < args.steps else start
         save(done)
-        if rank == 0:
-            if faults:
-                print(f"of {done * args.batch_size} pairs, {count_faults(faults)}")
-            print(
-                f"wrote {path}" + (f"; stopped at step {done} of {args.steps}: --resume goes on" if done < args.steps else "")
-            )
+    if rank == 0:
+        if faults:
+            print(watch.count_faults(done))
+        print(f"wrote {path}" + (f"; stopped at step {done} of {args.steps}: --resume goes on" if done < args.steps else ""))
     if world > 1:
         dist.destroy_process_group()
 
@@ -629,19 +659,6 @@ def introduce(model, tokenizer, optimizer, lengths, args, world, device):
         f"{world} x {device.type}, {args.precision}",
         flush=True,
     )
-
-
-def log_line(line, parts, steps, rate):
-    eta = datetime.timedelta(seconds=round((steps - line["step"]) / rate))
-    return (
-        f"step {line['step']}/{steps}  loss {line['loss']:.3f} = {' + '.join(f'{name} {line[name]:.3f}' for name in parts)}"
-        f"  grad {line['grad']:.1f}  lr {line['lr']:.1e}  scale {line['scale']:.1f}"
-        f"  {line['pairs_per_second']:.0f} pairs/s  ETA {eta}"
-    )
-
-
-def count_faults(faults):
-    return ", ".join(f"{count} x {kind}" for kind, count in faults.most_common())
 
 
 def evaluate_model(eval_args, model, tokenizer, rank, world, step, best, output):

@@ -259,8 +259,10 @@ def train_on_gpu(args):
                 f"batch {size:5} bf16 {' '.join(flags):10} {size / seconds:6.0f} pairs/s  {memory:.0f} GiB  "
                 f"{work * size / seconds / 1e12:.0f} TFLOP/s, {100 * work * size / seconds / peak:.0f} % of matrix products"
             )
+        torch.cuda.set_sync_debug_mode("warn")  # tells of anything in a step that waits for the GPU
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             way.step(*batch)
+        torch.cuda.set_sync_debug_mode("default")
         print(profile.key_averages().table(sort_by="cuda_time_total", row_limit=15, max_name_column_width=70))
 
 
