@@ -528,9 +528,17 @@ def save_checkpoint(path, model, keep=1, **others):
         torch.save({"model": model.state_dict(), "config": dataclasses.asdict(model.config), **others}, file)
         file.flush()
         os.fsync(file.fileno())  # so that the name never comes to the disk before the numbers
-    for i in range(keep - 1, 0, -1):
+    for i in range(keep - 1, 1, -1):
         if numbered(path, i - 1).exists():
             os.replace(numbered(path, i - 1), numbered(path, i))
+    if keep > 1 and zipfile.is_zipfile(path):  # and not one that was cut off
+        second = path.with_name(path.name + ".link")
+        second.unlink(missing_ok=True)
+        try:
+            os.link(path, second)
+        except OSError:  # a disk without links
+            second = path
+        os.replace(second, numbered(path, 1))
     os.replace(partial, path)
 
 
@@ -544,15 +552,13 @@ def last_checkpoint(path):
 
     Raises InputError if there are some, but all are damaged.
     """
-    damage, i = None, 0
-    while i == 0 or numbered(path, i).exists() or numbered(path, i + 1).exists():
-        if numbered(path, i).exists():
-            try:
-                return read_weights(numbered(path, i)), numbered(path, i)
-            except InputError as error:
-                damage = error
-                print(f"{error}; trying the one before it", file=sys.stderr)
-        i += 1
+    damage = None
+    for candidate in filter(Path.exists, (numbered(path, i) for i in range(1000))):
+        try:
+            return read_weights(candidate), candidate
+        except InputError as error:
+            damage = error
+            print(f"{error}; trying the one before it", file=sys.stderr)
     if damage:
         raise damage
     return None, None

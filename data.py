@@ -59,9 +59,13 @@ class Fault(Exception):
 
 def normalise(image):
     """uint8 [..., 3, H, W] -> float32 as CLIP sees it."""
-    mean = torch.tensor(IMAGE_MEAN, device=image.device).view(3, 1, 1)
-    std = torch.tensor(IMAGE_STD, device=image.device).view(3, 1, 1)
+    mean, std = image_statistics(image.device)
     return (image.float() / 255 - mean) / std
+
+
+@functools.cache  # a copy to a GPU at each step would wait for the step before
+def image_statistics(device):
+    return [torch.tensor(values, device=device).view(3, 1, 1) for values in (IMAGE_MEAN, IMAGE_STD)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -399,6 +403,7 @@ def random_resized_crop(picture, segments, size, rng, scale):
 # Image-text pairs, as training sees them
 
 SHUFFLE_CHUNK, SHUFFLE_BUFFER = 10_000, 50_000  # pairs
+SHUFFLE_SHARDS = 32  # at most so many in the buffer, and open in each process
 
 
 def shuffled(sizes, seed, start=0):
@@ -417,7 +422,7 @@ def shuffled(sizes, seed, start=0):
         order = rng.permutation(len(chunks))
         for n, chunk in enumerate(order, 1):
             buffer.append(np.arange(*chunks[chunk]))
-            if sum(map(len, buffer)) >= SHUFFLE_BUFFER or n == len(order):
+            if sum(map(len, buffer)) >= SHUFFLE_BUFFER or len(buffer) == SHUFFLE_SHARDS or n == len(order):
                 indices = rng.permutation(np.concatenate(buffer))
                 yield from indices[skip:].tolist()
                 skip, buffer = max(0, skip - len(indices)), []
@@ -443,9 +448,9 @@ class TrainingPairs(torch.utils.data.Dataset):
     """pairs[place, index] is pair `index` of the source, as it is seen at this place of the order of training:
 
     picture uint8 [P, P, 3] (P = image_size), super-patches int [N], token ids [T], and the faults met: (kind, text), ...
-    `source[i]` is a Sample, or raises a Fault; then another pair, chosen at random, stands in. What is seen at a place
-    depends on nothing else: not on who asks, nor when, nor on faults elsewhere. rule: for patch_labels; None: no superpixels
-    are needed.
+    `source[i]` is a Sample, or raises a Fault; then the next one stands in, and if many in a row fail, one chosen at random.
+    What is seen at a place depends on nothing else: not on who asks, nor when, nor on faults elsewhere. (An InputError is
+    returned and not raised, see `raised`.) rule: for patch_labels; None: no superpixels are needed.
     """
 
     def __init__(self, source, tokenizer, config, crop_scale=1.0, seed=0, text_length=None, rule="floor"):
@@ -457,15 +462,18 @@ class TrainingPairs(torch.utils.data.Dataset):
         size, patch_size = self.config.image_size, self.config.patch_size
         place %= 2**32  # what RandomState can take
         rng, faults = np.random.RandomState([self.seed, place]), []
-        sample = None
+        sample, tries = None, 0
         while sample is None:
             try:
                 sample = self.source[index]
             except Fault as fault:
-                faults.append((fault.kind, str(fault)))
-                if len(faults) == 1000:
-                    raise InputError(f"1,000 pairs in a row cannot be used; the last: {fault}") from None
-                index = np.random.RandomState([self.seed, place, len(faults)]).randint(len(self.source))
+                tries += 1
+                if tries == 1:
+                    faults.append((fault.kind, str(fault)))
+                if tries == 1000:
+                    return InputError(f"1,000 pairs in a row cannot be used; the last: {fault}")
+                far = np.random.RandomState([self.seed, place, tries]).randint(len(self.source))
+                index = (index + 1) % len(self.source) if tries % 10 else far
         segments = sample.segments if self.rule else np.zeros(reduced_size(*sample.picture.shape[:2], size), np.uint8)
         if isinstance(segments, np.ndarray) and segments.shape != reduced_size(*sample.picture.shape[:2], size):
             segments = Fault("missing superpixels", sample.name, "those that are there are of another picture")
@@ -481,9 +489,31 @@ class TrainingPairs(torch.utils.data.Dataset):
 
 def collate(items):
     """Pairs -> picture uint8 [B, 3, H, W], super-patches [B, N], token ids [B, T], and all their faults."""
+    for item in items:
+        if isinstance(item, InputError):
+            return item
     pictures, superpatches, texts, faults = zip(*items)
     pictures = torch.stack(pictures).permute(0, 3, 1, 2)  # [B, H, W, 3] -> [B, 3, H, W]
     return pictures, torch.stack(superpatches), torch.stack(texts), [fault for each in faults for fault in each]
+
+
+def raised(loader):
+    """The items of a loader; an InputError among them is raised. (A worker that raised it would put its trace around it.)"""
+    for item in loader:
+        if isinstance(item, InputError):
+            raise item
+        yield item
+
+
+def in_parallel(dataset, workers, indices=None):
+    """The items of a dataset as they are, in order, made by so many processes."""
+    return DataLoader(
+        dataset, None, sampler=indices, num_workers=workers, collate_fn=unchanged, worker_init_fn=ignore_signals
+    )
+
+
+def unchanged(item):
+    return item
 
 
 def ignore_signals(worker=None):
@@ -532,7 +562,7 @@ def decode_for_training(file, name, image_size):
     """uint8 [H, W, 3]; a JPEG is reduced while it is decoded, if most crops still have image_size pixels. Raises a Fault."""
     try:
         return decode_picture(file, image_size * 3 // 2)
-    except (*UNREADABLE, MemoryError) as error:
+    except Exception as error:  # a damaged file can make a decoder fail in any way
         raise Fault("broken picture", name, first_line(error)) from None
 
 
@@ -587,18 +617,14 @@ class PairTable:
     def read_jsonl(self, file):
         for line in filter(str.strip, file):
             row = json.loads(line)
-            yield self.find(row, self.PATHS), self.find(row, self.CAPTIONS)
-
-    @staticmethod
-    def find(row, names):
-        return next(row[name] for name in names if name in row)
+            yield [next((row[name] for name in names if name in row), "") for names in (self.PATHS, self.CAPTIONS)]
 
     def read_csv(self, file, **dialect):
         rows = filter(None, csv.reader(file, **dialect))
         first = next(rows, [])
         lower = [cell.strip().lower() for cell in first]
         if set(lower) & set(self.PATHS) and set(lower) & set(self.CAPTIONS):  # a header
-            places = [lower.index(self.find({name: name for name in lower}, names)) for names in (self.PATHS, self.CAPTIONS)]
+            places = [lower.index(next(n for n in names if n in lower)) for names in (self.PATHS, self.CAPTIONS)]
         else:
             places, rows = [0, 1], itertools.chain(filter(None, [first]), rows)
         for row in rows:
@@ -616,6 +642,8 @@ class PairTable:
 
     def __getitem__(self, i):
         name, caption = self.row(self.order[i])
+        if not isinstance(name, str) or not name:
+            raise Fault("broken picture", f"{self.path}, a row without a path")
         caption = check_caption(caption, name)
         picture = self.picture(name)
         there = self.superpixels.is_dir()
@@ -631,7 +659,7 @@ class PairTable:
     def unsegmented(self):
         """Names of the pictures that have no superpixels yet."""
         names = dict.fromkeys(self.row(i)[0] for i in range(len(self)))
-        return [name for name in names if not self.saved(name).exists()]
+        return [name for name in names if name and isinstance(name, str) and not self.saved(name).exists()]
 
     def save_superpixels(self, results):
         """Writes what comes as (name, PNG as bytes) ..."""
@@ -708,7 +736,7 @@ class ShardReader:
             self.zip = Fault("missing superpixels", superpixels, first_line(error))
 
     @staticmethod
-    @functools.lru_cache(maxsize=64)
+    @functools.lru_cache(maxsize=SHUFFLE_SHARDS)
     def of(path, superpixels, process):
         """The reader of a shard, from those in use; processes share none, because a zip has one position in its file."""
         return ShardReader(path, superpixels)
@@ -720,7 +748,13 @@ class ShardReader:
 
     def read(self, place):
         offset, size = place
-        return os.pread(self.file.fileno(), size, offset)
+        try:
+            content = os.pread(self.file.fileno(), size, offset)
+        except OSError as error:  # a network disk that is gone, say
+            raise Fault("unreadable shard", self.path, first_line(error)) from None
+        if len(content) < size:
+            raise Fault("unreadable shard", self.path, "it is shorter than at the start")
+        return content
 
     def segments(self, i):
         if not isinstance(self.zip, zipfile.ZipFile):
@@ -817,28 +851,13 @@ class Shards(torch.utils.data.Dataset):
             return first_line(error)
 
 
-def unchanged(item):
-    return item
-
-
 def open_shards(pattern, image_size, suffix, workers, max_faults, rank, world):
-    paths = expand(pattern)
+    paths, shards, damaged, last_line = expand(pattern), [], [], time.time()
     if world > 1:  # each process makes its share of the indices; then all find all
-        for _ in DataLoader(
-            Shards(paths[rank::world], image_size, suffix),
-            None,
-            num_workers=workers,
-            collate_fn=unchanged,
-            worker_init_fn=ignore_signals,
-        ):
+        for _ in in_parallel(Shards(paths[rank::world], image_size, suffix), workers):
             pass
         dist.barrier()
-    loader, shards, damaged = Shards(paths, image_size, suffix), [], []
-    loader, last_line = (
-        DataLoader(loader, None, num_workers=workers, collate_fn=unchanged, worker_init_fn=ignore_signals),
-        time.time(),
-    )
-    for n, (path, shard) in enumerate(zip(paths, loader), 1):
+    for n, (path, shard) in enumerate(zip(paths, in_parallel(Shards(paths, image_size, suffix), workers)), 1):
         if isinstance(shard, TarShard) and len(shard):
             shards.append(shard)
         if not isinstance(shard, TarShard) or not shard.complete:
@@ -1150,40 +1169,40 @@ def main(argv=None):
     if min(sizes) < 1 or args.workers < 0:
         raise InputError("--image-size and --patch-size must be at least 1, --workers at least 0")
     sources = open_pairs(args.data, argparse.Namespace(image_size=sizes[0], patch_size=sizes[1]), 0, args.workers, 1.0)
-    pictures = size = broken = 0
-    start = last_line = time.time()
-
-    def counted(results):
-        nonlocal pictures, size, broken, last_line
-        for name, result in results:
-            if isinstance(result, Fault):
-                broken += 1
-                print(result, file=sys.stderr)
-                continue
-            pictures, size = pictures + 1, size + len(result)
-            yield name, result
-            if time.time() - last_line > 5:
-                last_line = time.time()
-                rate = pictures / (last_line - start)
-                left = max(n - pictures - broken - skipped, 0) / rate
-                eta = datetime.timedelta(seconds=round(left))
-                print(f"{pictures} pictures of at most {n - skipped}, {rate:.0f} a second, ETA {eta}", file=sys.stderr)
-
     sources = [source for source in sources if not isinstance(source, SyntheticScenes)]  # drawn anew each time
-    n, skipped = sum(map(len, sources)), 0
+    progress = Progress(sum(map(len, sources)))
     for source in sources:
         todo = source.unsegmented()
-        if not todo:
-            skipped += len(source)
-            continue
-        jobs = SuperpixelJobs(source, todo, *sizes)
-        source.save_superpixels(
-            counted(DataLoader(jobs, None, num_workers=args.workers, collate_fn=unchanged, worker_init_fn=ignore_signals))
-        )
+        progress.skipped += 0 if todo else len(source)
+        if todo:
+            source.save_superpixels(progress.of(in_parallel(SuperpixelJobs(source, todo, *sizes), args.workers)))
     print(
-        f"superpixels of {pictures} pictures in {time.time() - start:.0f} s, {size / max(pictures, 1):.0f} bytes each; "
-        f"{broken} broken pictures have none; {skipped} pairs had theirs"
+        f"superpixels of {progress.done} pictures in {time.time() - progress.start:.0f} s, "
+        f"{progress.bytes / max(progress.done, 1):.0f} bytes each; {progress.broken} broken pictures have none; "
+        f"{progress.skipped} pairs had theirs"
     )
+
+
+class Progress:
+    """Counts what passes through it, and tells of it every five seconds."""
+
+    def __init__(self, total):
+        self.total, self.skipped, self.done, self.broken, self.bytes = total, 0, 0, 0, 0
+        self.start = self.last_line = time.time()
+
+    def of(self, results):
+        for name, result in results:
+            if isinstance(result, Fault):
+                self.broken += 1
+                print(result, file=sys.stderr)
+                continue
+            self.done, self.bytes = self.done + 1, self.bytes + len(result)
+            yield name, result
+            if time.time() - self.last_line > 5:
+                self.last_line = time.time()
+                rate, most = self.done / (self.last_line - self.start), self.total - self.skipped
+                eta = datetime.timedelta(seconds=round((most - self.done - self.broken) / rate))
+                print(f"{self.done} pictures of at most {most}, {rate:.0f} a second, ETA {eta}", file=sys.stderr)
 
 
 if __name__ == "__main__":

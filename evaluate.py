@@ -23,7 +23,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
-from torch.utils.data import DataLoader
 
 from clip_loader import InputError, git_revision, load_segclip, load_tokenizer, make_folder, start_processes
 from data import (
@@ -32,12 +31,12 @@ from data import (
     PictureFolder,
     SegmentationFolder,
     SyntheticScenes,
-    ignore_signals,
+    in_parallel,
     listed,
     normalise,
+    raised,
     read_lines,
     resize_bilinear,
-    unchanged,
 )
 
 DEFAULT_CHECKPOINT = "runs/synthetic/checkpoint.pt"
@@ -614,18 +613,24 @@ def main(argv=None):
         report(metrics)
 
 
+def plan(args, config):
+    """What the flags ask of a model of these sizes: data set, settings, number of pictures. Raises InputError."""
+    dataset = open_dataset(args, config.image_size)
+    settings = choose_settings(args, dataset, config.image_size)
+    check(args, settings, config.patch_size)
+    count = len(dataset) if args.limit is None else min(len(dataset), args.limit)
+    if count < 1:
+        raise InputError(f"{args.images or args.dataset}: no picture to label")
+    return dataset, settings, count
+
+
 def evaluate(args, model, tokenizer, rank, world, origin):
     """Label what the flags name, each process its share, and write it -> metrics of all of it on process 0, where labelled.
 
     origin: what tells this model from others, for metrics.json and for knowing earlier predictions. Raises InputError.
     """
     device = model.clip.logit_scale.device
-    dataset = open_dataset(args, model.config.image_size)
-    settings = choose_settings(args, dataset, model.config.image_size)
-    check(args, settings, model.config.patch_size)
-    count = len(dataset) if args.limit is None else min(len(dataset), args.limit)
-    if count < 1:
-        raise InputError(f"{args.images or args.dataset}: no picture to label")
+    dataset, settings, count = plan(args, model.config)
     has_background = settings.background_threshold is not None
     words = ["background", *dataset.words] if has_background else dataset.words
     # Scores on scenes belong to one run of training; each has a folder already.
@@ -662,14 +667,7 @@ def evaluate(args, model, tokenizer, rank, world, origin):
 
     text, owner = class_features(model, tokenizer, settings)
     segmenter = Segmenter(model, text, owner, settings, args.batch_size, args.precision == "bf16")
-    loader = DataLoader(
-        Seen(dataset, settings),
-        sampler=todo,
-        batch_size=None,
-        num_workers=args.workers,
-        collate_fn=unchanged,
-        worker_init_fn=ignore_signals,
-    )
+    loader = in_parallel(Seen(dataset, settings), args.workers, todo)
     start = last_line = time.time()
     for n, (i, (sample, prediction, regions, scores)) in enumerate(zip(todo, segmenter(raised(loader))), 1):
         if args.image:
@@ -714,14 +712,6 @@ def report(metrics):
     threshold = metrics["background_threshold"]
     threshold = "" if threshold is None else f"  background threshold {threshold}"
     print(f"{summary}  over {metrics['pictures']} pictures  protocol {metrics['protocol']}{threshold}")
-
-
-def raised(loader):
-    """The items of a loader; an InputError among them is raised."""
-    for item in loader:
-        if isinstance(item, InputError):
-            raise item
-        yield item
 
 
 def show_picture(sample, label, regions, scores, words, output, with_heat):

@@ -35,10 +35,11 @@ from clip_loader import (
     load_segclip,
     load_tokenizer,
     make_folder,
+    read_weights,
     save_checkpoint,
     start_processes,
 )
-from data import Batches, Fault, TrainingPairs, collate, ignore_signals, normalise, open_pairs
+from data import Batches, Fault, TrainingPairs, collate, ignore_signals, normalise, open_pairs, raised
 from losses import contrastive_loss, total_loss
 from model import Block, Config, SegCLIP
 
@@ -92,7 +93,7 @@ FROZEN = (
     *("clip.visual.conv1.", "clip.visual.positional_embedding", "clip.visual.ln_pre."),
     *("clip.token_embedding.", "clip.positional_embedding"),
 )
-# Flags with which a run may go on otherwise than it began: they change no number but by rounding, or none that counts.
+# Flags with which a run may go on otherwise than it began: they change no number but by rounding (--device: and the noise).
 FREE = ("output", "resume", "save_every", "save_minutes", "keep", "evaluate", "eval_every", "log_every", "device", "workers")
 FREE += ("max_faults", "accumulate", "checkpoint_activations", "compile")
 
@@ -145,7 +146,7 @@ def parse_args(argv=None):
         type=int,
         default=1,
         metavar="K",
-        help="work in K chunks, for less memory: the same gradients, negatives of the whole batch, 4/3 of the time [%(default)s]",
+        help="work in K chunks, for less memory: the same gradients, negatives of the whole batch, one forward pass more [%(default)s]",
     )
     machine.add_argument(
         "--checkpoint-activations", action="store_true", help="less memory, too: compute each block's forward pass twice"
@@ -238,7 +239,7 @@ def check(args, world):
 
 def check_resumed(state, args, path):
     """Raises InputError unless the checkpoint is of a run with the same flags: it could not go on as it began."""
-    if not {"model", "merges", "optimizer", "scaler", "step", "pairs", "faults", "best", "args"} <= state.keys():
+    if not {"model", "merges", "optimizer", "scaler", "step", "pairs", "faults", "args"} <= state.keys():
         raise InputError(f"{path}: not a checkpoint of train.py, which could be resumed")
     for name, value in vars(args).items():
         if name not in FREE and state["args"].get(name) != value:
@@ -351,7 +352,7 @@ def checkpoint_activations(model):
     """Keep only what goes into each block, and compute the rest again when its gradient is asked for."""
     for module in model.modules():
         if isinstance(module, Block):
-            module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)
+            module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False)
 
 
 def autocast(device, precision):
@@ -360,41 +361,27 @@ def autocast(device, precision):
 
 
 def compute_gradients(parallel, batch, noise, args, scaler, extra):
-    """The losses of a batch and their gradients, in .grad of the parameters, scaled by `scaler`.
+    """The gradients of a batch's loss (Eq. 7), in .grad of the parameters, scaled by `scaler`.
 
     parallel: the model, or the DistributedDataParallel around it. batch: image [b, 3, H, W], superpatch [b, N], text [b, T];
     these and the noise are this process's rows. extra: numbers [n] that are to be summed over the processes on the way.
-    Returns {"loss", "con", "rec", "sup"} of the whole batch as one tensor with `extra` behind it, and the names.
+    Returns the losses of the whole batch with `extra` behind them, one tensor, and the names of the losses.
 
-    With args.accumulate = K > 1 activations are kept of one chunk in K, and the contrastive loss still has the whole batch
-    as negatives: first all features without gradient, then the loss's gradient with respect to them, then chunk by chunk
-    the features again, with the same noise, and back (Gao et al., 2021, "Scaling deep contrastive learning batch size").
+    With args.accumulate = K > 1 activations are kept of one chunk in K only, and the contrastive loss still has the whole
+    batch as negatives: see gradients_of_features.
     """
     model = parallel.module if isinstance(parallel, DistributedDataParallel) else parallel
     K, world = args.accumulate, dist.get_world_size() if dist.is_initialized() else 1
-    image = batch[0]
-    chunks = [
-        ([x.chunk(K)[k] for x in batch], {name: values.chunk(K)[k] for name, values in noise.items()}) for k in range(K)
-    ]
-    precision, reconstruct = autocast(image.device, args.precision), args.reconstruction_weight > 0
-    weights = args.reconstruction_weight, args.superpixel_weight
+    precision = autocast(batch[0].device, args.precision)
+    weights, reconstruct = (args.reconstruction_weight, args.superpixel_weight), args.reconstruction_weight > 0
+    chunks = [[x.chunk(K)[k] for x in batch] + [{n: x.chunk(K)[k] for n, x in noise.items()}] for k in range(K)]
     if K > 1:
-        features = []
-        with torch.no_grad(), precision:
-            for (image, _, text), chunk_noise in chunks:
-                outputs = model(image, text, **chunk_noise, reconstruct=False)
-                features.append((outputs["image_features"].float(), outputs["text_features"].float()))
-        z_p, z_w = (torch.cat(x).requires_grad_() for x in zip(*features))
-        scale = model.clip.logit_scale.detach().requires_grad_()
-        con = contrastive_loss(z_p, z_w, scale)
-        g_p, g_w, g_scale = torch.autograd.grad(con, (z_p, z_w, scale))
-        g_p, g_w = g_p.chunk(K), g_w.chunk(K)
-
+        con, g_p, g_w, g_scale = gradients_of_features(model, chunks, precision)
     totals = 0
-    for k, ((image, superpatch, text), chunk_noise) in enumerate(chunks):
+    for k, (image, superpatch, text, chunk_noise) in enumerate(chunks):
         last = k == K - 1
         with nullcontext() if last or model is parallel else parallel.no_sync():
-            with autocast(image.device, args.precision):
+            with precision:
                 outputs = parallel(image, text, **chunk_noise, reconstruct=reconstruct)
             if K == 1:
                 loss, parts = total_loss(outputs, image, superpatch, *weights)
@@ -416,6 +403,41 @@ def compute_gradients(parallel, batch, noise, args, scaler, extra):
     return values, list(parts)
 
 
+def gradients_of_features(model, chunks, precision):
+    """The contrastive loss of a batch in chunks, and its gradient with respect to the features of each: first all features
+    without gradient, then the loss. Going on from there, chunk by chunk with the same noise, gives the gradient of the
+    parameters (Gao et al., 2021, "Scaling deep contrastive learning batch size under memory limited setup")."""
+    features = []
+    with torch.no_grad(), precision:
+        for image, _, text, noise in chunks:
+            outputs = model(image, text, **noise, reconstruct=False)
+            features.append((outputs["image_features"].float(), outputs["text_features"].float()))
+    z_p, z_w = (torch.cat(x).requires_grad_() for x in zip(*features))
+    scale = model.clip.logit_scale.detach().requires_grad_()
+    con = contrastive_loss(z_p, z_w, scale)
+    g_p, g_w, g_scale = torch.autograd.grad(con, (z_p, z_w, scale))
+    return con.detach(), g_p.chunk(len(chunks)), g_w.chunk(len(chunks)), g_scale
+
+
+def take_step(parallel, optimizer, batch, noise, args, scaler, extra):
+    """Gradients, clipped, and the optimiser's step. Nothing here waits for the GPU.
+
+    batch: picture uint8 [b, 3, H, W], superpatch, text. Returns the numbers of compute_gradients with the gradient's norm
+    behind them, one tensor, and the names of the losses.
+    """
+    picture, superpatch, text = batch
+    optimizer.zero_grad()
+    values, parts = compute_gradients(parallel, (normalise(picture), superpatch, text), noise, args, scaler, extra)
+    scaler.unscale_(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(parallel.parameters(), 1.0)
+    scaler.step(optimizer)  # or not, if a gradient is not finite; after DDP's sum that is so on all processes
+    scaler.update(None if args.precision == "fp16" else 1.0)
+    model = parallel.module if isinstance(parallel, DistributedDataParallel) else parallel
+    with torch.no_grad():  # where the loss clamps the scale it has no gradient, and could never come back
+        model.clip.logit_scale.clamp_(max=math.log(100))
+    return torch.cat([values, norm[None]]), parts
+
+
 class Interruption:
     """While it is entered, Ctrl-C and SIGTERM are only noted, so that the step can be ended and saved."""
 
@@ -433,12 +455,19 @@ class Interruption:
 
 
 class Watch:
-    """What a run says of itself. The numbers of the steps stay on the GPU until there is something to say: reading waits."""
+    """What a run says of itself. Of the steps' numbers the last are left alone, since reading them would wait for the GPU."""
 
     def __init__(self, args, start, faults, log):
         self.args, self.faults, self.log = args, faults, log
         self.unread, self.recent, self.skipped, self.named = [], [], 0, Counter()
         self.since, self.last_step = time.time(), start
+
+    def add(self, values):
+        """The numbers of a step, on their way from the GPU."""
+        arrived = torch.cuda.Event() if values.is_cuda else None
+        self.unread.append((values.to("cpu", non_blocking=True), arrived))
+        if arrived:
+            arrived.record()
 
     def name_faults(self, met):
         """Print the first faults of each kind that this process meets -> how many of each kind these are."""
@@ -450,16 +479,19 @@ class Watch:
         kinds = [kind for kind, _ in met]
         return [kinds.count(kind) for kind in Fault.KINDS]
 
-    def read(self, parts, done):
-        """-> whether any process wants to stop: the same on all, since all have the same numbers. Raises InputError."""
+    def read(self, parts, done, all_steps):
+        """All steps' numbers, or all but the last's -> whether any process wants to stop: the same on all processes, since
+        the numbers are. Raises InputError if too many steps in a row were skipped."""
         stop = False
-        for row in torch.stack(self.unread).tolist():
-            row = dict(zip([*parts, "stop", *Fault.KINDS, "grad"], row))
+        while len(self.unread) > (not all_steps):
+            values, arrived = self.unread.pop(0)
+            if arrived:
+                arrived.synchronize()
+            row = dict(zip([*parts, "stop", *Fault.KINDS, "grad"], values.tolist()))
             stop = stop or row["stop"] > 0
             self.faults.update({kind: int(row[kind]) for kind in Fault.KINDS if row[kind]})
             self.skipped = 0 if math.isfinite(row["grad"]) else self.skipped + 1
             self.recent += [] if self.skipped else [row]
-        self.unread = []
         if self.skipped >= 10:
             raise InputError(
                 f"step {done}: {self.skipped} gradients in a row are not finite, the run is broken; try a lower --lr "
@@ -506,7 +538,7 @@ def main(argv=None):
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what is not in half precision
     if device.type == "cpu" and world == 1 and args.workers:  # threads that fight the workers for cores cost a third
-        torch.set_num_threads(max(1, torch.get_num_threads() - args.workers))
+        torch.set_num_threads(max(1, min(torch.get_num_threads(), (os.cpu_count() or 1) - args.workers)))
 
     output = Path(args.output)
     path = output / "checkpoint.pt"
@@ -518,16 +550,15 @@ def main(argv=None):
     if args.steps is None:
         args.steps = math.ceil(args.epochs * sum(lengths) / args.batch_size)
     freeze(model, args)
-    optimizer, start, faults, best = build_optimizer(model, args), 0, Counter(), 0.0
-    half = args.precision == "fp16"
+    optimizer, start, faults = build_optimizer(model, args), 0, Counter()
     # Without fp16 it scales by 1, and only skips steps whose gradients are not finite.
-    scaler = torch.amp.GradScaler(device.type, 2.0**16 if half else 1.0, growth_interval=2000 if half else 2**31 - 1)
+    scaler = torch.amp.GradScaler(device.type, 2.0**16 if args.precision == "fp16" else 1.0)
     if resumed:
         if resumed["pairs"] != lengths:
             raise InputError(f"{resumed_path}: its run had {sum(resumed['pairs'])} pairs, the data has {sum(lengths)} now")
         optimizer.load_state_dict(resumed["optimizer"])
         scaler.load_state_dict(resumed["scaler"])
-        start, faults, best = resumed["step"], Counter(resumed["faults"]), resumed["best"]
+        start, faults = resumed["step"], Counter(resumed["faults"])
     if world > 1:
         ends = torch.tensor([start, -start], device=device)
         dist.all_reduce(ends, dist.ReduceOp.MAX)
@@ -535,7 +566,9 @@ def main(argv=None):
             raise InputError(f"{output}: not every process finds the same checkpoint there; it must be on a shared disk")
     eval_args = evaluate.parse_args([*shlex.split(args.evaluate), "--output", str(output / "evaluation")])
     if args.eval_every:
-        evaluate.open_dataset(eval_args, config.image_size)  # what is wrong with it should be said now, not in hours
+        evaluate.plan(eval_args, config)  # what is wrong with it should be said now, not in hours
+    if (args.text_length or 0) > config.context_length:
+        raise InputError(f"--text-length {args.text_length}: the model takes at most {config.context_length} tokens")
     if args.checkpoint_activations:
         checkpoint_activations(model)
     if args.compile:
@@ -567,7 +600,7 @@ def main(argv=None):
         last_save = time.time()
         if rank == 0:
             state = {"merges": tokenizer.merges, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-            state |= {"step": step, "pairs": lengths, "faults": dict(faults), "best": best}
+            state |= {"step": step, "pairs": lengths, "faults": dict(faults)}
             save_checkpoint(path, model, args.keep, **state, args=flags, git=git_revision())
 
     log = None
@@ -579,7 +612,7 @@ def main(argv=None):
     watch, last_save, done = Watch(args, start, faults, log), time.time(), start
     model.train()
     with Interruption() as interruption:
-        for step, (picture, superpatch, text, met) in enumerate(loader, start):
+        for step, (picture, superpatch, text, met) in enumerate(raised(loader), start):
             lr = lr_factor(step, args)
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * lr
@@ -588,21 +621,14 @@ def main(argv=None):
             generator.manual_seed(args.seed * 1_000_003 + step)
             noise = model.draw_noise(args.batch_size, num_patches, generator)
             noise = {name: values[rows] for name, values in noise.items()}
+            values, parts = take_step(parallel, optimizer, (picture, superpatch, text), noise, args, scaler, extra)
+            watch.add(values)
 
-            optimizer.zero_grad()
-            values, parts = compute_gradients(parallel, (normalise(picture), superpatch, text), noise, args, scaler, extra)
-            scaler.unscale_(optimizer)
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            scaler.step(optimizer)  # or not, if a gradient is not finite; after DDP's sum that is so on all processes
-            scaler.update()
-            with torch.no_grad():  # where the loss clamps the scale it has no gradient, and could never come back
-                model.clip.logit_scale.clamp_(max=math.log(100))
-
-            done, stop = step + 1, world == 1 and interruption.name is not None
-            watch.unread.append(torch.cat([values, norm[None]]))
+            done = step + 1
             due = done % args.log_every == 0 or done in (start + 1, args.steps)
-            if due or device.type == "cpu":
-                stop = watch.read(parts, done) or stop
+            look = args.eval_every and (done % args.eval_every == 0 or done == args.steps)
+            late = time.time() - last_save > 60 * args.save_minutes
+            stop = watch.read(parts, done, all_steps=due or device.type == "cpu")
             if due and rank == 0:
                 watch.write(done, parts, args.lr * lr, model.clip.logit_scale.exp().item())
             if watch.too_many_faults(done):
@@ -611,16 +637,16 @@ def main(argv=None):
                     f"step {done}: {watch.count_faults(done)}: more than --max-faults {args.max_faults}; mend the data or "
                     "allow more, and --resume"
                 )
-            if args.eval_every and (done % args.eval_every == 0 or done == args.steps):
-                paused = time.time()
-                best = evaluate_model(eval_args, model, tokenizer, rank, world, done, best, output)
-                watch.since += time.time() - paused
             if stop:
                 break
-            late = time.time() - last_save > 60 * args.save_minutes
-            if done < args.steps and (late or args.save_every and done % args.save_every == 0):
+            if done < args.steps and (look or late or args.save_every and done % args.save_every == 0):
                 save(done)
-        save(done)
+            if look:
+                paused = time.time()
+                evaluate_model(eval_args, model, tokenizer, rank, world, done, output)
+                watch.since += time.time() - paused
+        if not resumed or done > start:
+            save(done)
     if rank == 0:
         if faults:
             print(watch.count_faults(done))
@@ -632,7 +658,7 @@ def main(argv=None):
 def open_log(output, resumed_step):
     """OUTPUT/log.jsonl, for appending: a resumed run's up to its step, else empty. An earlier run is moved away."""
     make_folder(output)
-    if resumed_step is None and (output / "checkpoint.pt").exists():
+    if resumed_step is None and any(output.glob("checkpoint*.pt")):
         n = 1
         while Path(f"{output}.{n}").exists():
             n += 1
@@ -661,17 +687,16 @@ def introduce(model, tokenizer, optimizer, lengths, args, world, device):
     )
 
 
-def evaluate_model(eval_args, model, tokenizer, rank, world, step, best, output):
-    """Score the model as it is now, print it, and keep it as best.pt if it is the best so far -> the best mIoU."""
+def evaluate_model(eval_args, model, tokenizer, rank, world, step, output):
+    """Score the model as it is now, print it, and keep it as best.pt if none before was better."""
     model.eval()
     metrics = evaluate.evaluate(eval_args, model, tokenizer, rank, world, {"step": step})
     model.train()
     if rank == 0 and metrics:
         print(f"step {step}  mIoU {100 * metrics['mIoU']:.2f} % over {metrics['pictures']} pictures", flush=True)
-        if metrics["mIoU"] > best:
-            best = metrics["mIoU"]
-            save_checkpoint(output / "best.pt", model, merges=tokenizer.merges, step=step, metrics=metrics)
-    return best
+        path = output / "best.pt"
+        if not path.exists() or metrics["mIoU"] > read_weights(path)["metrics"]["mIoU"]:
+            save_checkpoint(path, model, merges=tokenizer.merges, step=step, metrics=metrics)
 
 
 if __name__ == "__main__":

@@ -169,28 +169,22 @@ class Way:
             self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-6, foreach=False)
         for group in self.optimizer.param_groups:
             group["lr"] = 1e-2 * group["peak_lr"]  # as in the warm-up
-        self.scaler = torch.amp.GradScaler(device, 1.0, growth_interval=2**31 - 1)
+        self.scaler = torch.amp.GradScaler(device, 1.0)
         self.times, self.losses = [], []
 
-    def step(self, image, superpatch, text, noise):
-        self.optimizer.zero_grad()
-        extra = image.new_zeros(1)
-        values, _ = train.compute_gradients(self.model, (image, superpatch, text), noise, self.args, self.scaler, extra)
-        self.scaler.unscale_(self.optimizer)
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        return values
+    def step(self, picture, superpatch, text, noise):
+        extra, batch = picture.new_zeros(1, dtype=torch.float32), (picture, superpatch, text)
+        return train.take_step(self.model, self.optimizer, batch, noise, self.args, self.scaler, extra)[0]
 
 
 def make_batch(model, batch_size, device, turn):
     generator = torch.Generator(device).manual_seed(turn)
     options = {"generator": generator, "device": device}
-    image = torch.randn(batch_size, 3, 224, 224, **options)
+    picture = torch.randint(0, 256, (batch_size, 3, 224, 224), dtype=torch.uint8, **options)
     superpatch = torch.randint(0, 30, (batch_size, 196), **options)
     text = torch.randint(1, 49000, (batch_size, 32), **options)
     text[:, 12] = 49407
-    return image, superpatch, text, model.draw_noise(batch_size, 196, generator)
+    return picture, superpatch, text, model.draw_noise(batch_size, 196, generator)
 
 
 def train_on_cpu(args):
@@ -246,24 +240,31 @@ def train_on_gpu(args):
     work = count_work(lambda: Way(model, "cuda", "bf16").step(*make_batch(model, 8, "cuda", 0))) / 8
     for flags in [[], ["--compile"]] if args.compile else [[]]:
         for size in args.batch_sizes or [256, 512, 768, 1024]:
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-            way, batch = Way(model, "cuda", "bf16", *flags), make_batch(model, size, "cuda", 0)
-            for turn in range(args.rounds + 3):
-                start = clock("cuda")
-                way.step(*batch)
-                if turn >= 3:
-                    way.times.append(clock("cuda") - start)
-            seconds, memory = statistics.median(way.times), torch.cuda.max_memory_allocated() / 2**30
-            print(
-                f"batch {size:5} bf16 {' '.join(flags):10} {size / seconds:6.0f} pairs/s  {memory:.0f} GiB  "
-                f"{work * size / seconds / 1e12:.0f} TFLOP/s, {100 * work * size / seconds / peak:.0f} % of matrix products"
-            )
-        torch.cuda.set_sync_debug_mode("warn")  # tells of anything in a step that waits for the GPU
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            way.step(*batch)
-        torch.cuda.set_sync_debug_mode("default")
-        print(profile.key_averages().table(sort_by="cuda_time_total", row_limit=15, max_name_column_width=70))
+            try:
+                measure_on_gpu(model, size, flags, args.rounds, work, peak)
+            except torch.cuda.OutOfMemoryError:
+                print(f"batch {size:5} bf16 {' '.join(flags):10} does not fit")
+
+
+def measure_on_gpu(model, size, flags, rounds, work, peak):
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    way, batch = Way(model, "cuda", "bf16", *flags), make_batch(model, size, "cuda", 0)
+    for turn in range(rounds + 3):
+        start = clock("cuda")
+        way.step(*batch)
+        if turn >= 3:
+            way.times.append(clock("cuda") - start)
+    seconds, memory = statistics.median(way.times), torch.cuda.max_memory_allocated() / 2**30
+    print(
+        f"batch {size:5} bf16 {' '.join(flags):10} {size / seconds:6.0f} pairs/s  {memory:.0f} GiB  "
+        f"{work * size / seconds / 1e12:.0f} TFLOP/s, {100 * work * size / seconds / peak:.0f} % of matrix products"
+    )
+    torch.cuda.set_sync_debug_mode("warn")  # tells of anything in a step that waits for the GPU
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        way.step(*batch)
+    torch.cuda.set_sync_debug_mode("default")
+    print(profile.key_averages().table(sort_by="cuda_time_total", row_limit=15, max_name_column_width=70))
 
 
 def train_step(args):

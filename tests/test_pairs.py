@@ -345,6 +345,21 @@ def test_faults_of_tables(pictures, tmp_path):
     pairs = training(open_all(tmp_path / "pairs.csv"))
     kinds = Counter(kind for i in range(6) for kind, _ in pairs[i, i][3][:1])
     assert kinds == {"broken picture": 2, "caption not in UTF-8": 1, "no caption": 1}
+    lines = [{"image": "pictures/0.jpg", "caption": "sound"}, {"image": "pictures/0.jpg"}, {"caption": "no path"}]
+    lines += [{"image": None, "caption": "x"}, {"image": "pictures/0.jpg", "caption": None}]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    pairs = training(open_all(tmp_path / "pairs.jsonl"))
+    kinds = Counter(kind for i in range(5) for kind, _ in pairs[i, i][3][:1])
+    assert kinds == {"broken picture": 2, "no caption": 2}
+
+
+def test_a_shard_that_loses_its_end_while_it_is_read(shards):
+    source = open_all(shards / "*.tar")
+    assert source[7].caption == caption(7)  # it is open now
+    with open(shards / "00000.tar", "r+b") as file:
+        file.truncate(5000)
+    with pytest.raises(Fault, match="unreadable shard"):
+        source[7]
 
 
 def test_a_shard_that_disappears(shards):
@@ -361,8 +376,10 @@ def test_when_nothing_can_be_used(shards):
     data.ShardReader.of.cache_clear()
     for path in shards.glob("*.tar"):
         path.unlink()
-    with pytest.raises(InputError, match="1,000 pairs in a row"):
-        training(source)[0, 0]
+    loader = torch.utils.data.DataLoader(training(source), batch_sampler=[[(0, 0)]], collate_fn=collate, num_workers=1)
+    with pytest.raises(InputError) as error:
+        list(data.raised(loader))
+    assert_one_line(error, "1,000 pairs in a row", "00000.tar")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -11,12 +11,10 @@ import tarfile
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import skimage.data
 import torch
 from PIL import Image
-from torch.nn.utils import parameters_to_vector
 
 import train
 from clip_loader import InputError, load_segclip, load_tokenizer, read_weights
@@ -31,7 +29,11 @@ SMALL_RUN = (
 )
 
 
+THREADS = torch.get_num_threads()
+
+
 def run(output, *more):
+    torch.set_num_threads(THREADS)  # an earlier run with workers took fewer
     train.main([*SMALL_RUN.split(), "--output", str(output), *more])
     return read_weights(output / "checkpoint.pt")
 
@@ -108,13 +110,18 @@ def wait_for_step(process, output, step):
         time.sleep(0.005)
 
 
-LONG = ("--steps", "60", "--save-every", "7", "--log-every", "1")
+LONG = ("--steps", "40", "--save-every", "7", "--log-every", "1")
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize("kind", ["synthetic", "shards"])
+@pytest.mark.parametrize("kind, processes", [("synthetic", 1), ("table", 1), ("table", 2), ("shards", 1), ("shards", 2)])
 def test_a_run_that_was_killed_and_resumed_ends_bit_for_bit_the_same(tmp_path, shards, kind, processes):
     data = ("--data", shards if kind == "shards" else "synthetic")
+    if kind == "table":
+        scenes = SyntheticScenes(40, seed=5)
+        for i in range(100):
+            Image.fromarray(scenes[i].picture).save(tmp_path / f"{i}.png")
+        (tmp_path / "pairs.tsv").write_text("".join(f"{i}.png\t{scenes[i].caption}\n" for i in range(100)))
+        data = ("--data", str(tmp_path / "pairs.tsv"), "--workers", "1")
     output = tmp_path / "parts"
     process = launch(output, *LONG, *data, processes=processes)
     wait_for_step(process, output, 16)
@@ -123,19 +130,21 @@ def test_a_run_that_was_killed_and_resumed_ends_bit_for_bit_the_same(tmp_path, s
         os.kill(rank, signal.SIGKILL)
     process.communicate()
     killed = read_weights(output / "checkpoint.pt")["step"]
-    assert 14 <= killed < 60
-    runs = {"parts": ("--resume",), "whole": ()}
-    for name, flags in runs.items():
-        process = launch(tmp_path / name, *LONG, *data, *flags, processes=processes)
-        out, err = process.communicate(timeout=120)
-        assert process.returncode == 0, err
-        assert (f"at step {killed}" in out) == (name == "parts")
-    parts, whole = (read_weights(tmp_path / name / "checkpoint.pt") for name in runs)
-    assert parts["step"] == whole["step"] == 60
+    assert 14 <= killed < 40
+    for name, flags in {"parts": ("--resume",), "whole": ()}.items():
+        if processes == 1:
+            run(tmp_path / name, *LONG, *data, *flags)
+        else:
+            process = launch(tmp_path / name, *LONG, *data, *flags, processes=processes)
+            out, err = process.communicate(timeout=120)
+            assert process.returncode == 0, err
+            assert (f"at step {killed}" in out) == (name == "parts")
+    parts, whole = (read_weights(tmp_path / name / "checkpoint.pt") for name in ("parts", "whole"))
+    assert parts["step"] == whole["step"] == 40
     assert_equal(whole["model"], parts["model"])
     assert_equal(whole["optimizer"]["state"], parts["optimizer"]["state"])
     steps = [line["step"] for line in log_of(output)]
-    assert steps == sorted(set(steps)) and steps[-1] == 60
+    assert steps == sorted(set(steps)) and steps[-1] == 40
     for ours, theirs in zip(log_of(output)[killed + 1 :], log_of(tmp_path / "whole")[killed + 1 :], strict=True):
         assert ours["loss"] == theirs["loss"]
 
@@ -222,7 +231,8 @@ def test_workers_and_seeds(tmp_path):
 @pytest.mark.parametrize("chunks", ["1", "2"])
 def test_two_processes_do_what_one_does(tmp_path, chunks):
     one = run(tmp_path / "one", "--steps", "3", "--log-every", "1")
-    process = launch(tmp_path / "two", "--steps", "3", "--log-every", "1", "--accumulate", chunks, processes=2)
+    look = ("--eval-every", "3", "--evaluate", "--limit 3 --workers 0")
+    process = launch(tmp_path / "two", "--steps", "3", "--log-every", "1", "--accumulate", chunks, *look, processes=2)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     two, start = read_weights(tmp_path / "two/checkpoint.pt"), run(tmp_path / "start", "--steps", "0")
@@ -260,7 +270,7 @@ def test_saving_memory_changes_no_gradient(tiny, batch, flags):
     assert ours == pytest.approx(losses, rel=1e-5)
     assert actual.keys() == expected.keys() and "clip.logit_scale" in actual
     for name, gradient in expected.items():
-        assert (gradient - actual[name]).abs().max() <= 1e-5 * max(1, gradient.abs().max()), name
+        assert (gradient - actual[name]).abs().max() <= 1e-5 * gradient.abs().max() + 1e-7, name
 
 
 def test_two_processes_give_the_gradients_of_one(tmp_path, batch):
@@ -428,6 +438,11 @@ def test_losses_that_are_left_out(tmp_path):
         ("--workers -1", "workers"),
         ("--seed -1", "seed"),
         ("--output /dev/null", "/dev/null"),
+        ("--text-length 99", "text-length"),
+        ("--accumulate 3", "3 chunks"),
+        ("--epochs 1", "--steps or --epochs"),
+        ("--data nowhere.tar", "nowhere.tar"),
+        ("--eval-every 1 --evaluate=--stride=999", "--stride 999"),
     ],
 )
 def test_flags_that_make_no_sense(tmp_path, flags, word):
@@ -573,7 +588,7 @@ def test_the_best_model_is_kept(tmp_path, monkeypatch):
     flags = ("--steps", "8", "--eval-every", "2", "--evaluate", "--limit 3 --workers 0", "--save-every", "2", "--keep", "4")
     end = run(tmp_path / "run", *flags)
     best = read_weights(tmp_path / "run/best.pt")
-    assert best["step"] == 4 and end["best"] == 0.4
+    assert best["step"] == 4 and best["metrics"]["mIoU"] == 0.4
     assert_equal(best["model"], read_weights(tmp_path / "run/checkpoint.2.pt")["model"])
     assert len(list((tmp_path / "run/evaluation/predictions").glob("*.png"))) == 3
     load_segclip(tmp_path / "run/best.pt")
