@@ -65,6 +65,7 @@ RECIPES = {
     "small": {
         "data": ["synthetic"],
         "output": "runs/synthetic",
+        "save_every": 200,
         "vocabulary": "learned",
         "steps": 1200,
         "batch_size": 64,
@@ -74,6 +75,7 @@ RECIPES = {
     },
     "paper": {  # Section 3.2; the warm-up, the decay and what is frozen are the authors' code's, of which the paper is silent
         "output": "runs/paper",
+        "save_every": 2000,
         "init": "ViT-B/16",
         "freeze": True,
         "vocabulary": "openai",
@@ -117,7 +119,7 @@ def parse_args(argv=None):
     run.add_argument("--output", help="folder for checkpoint.pt and log.jsonl [%(default)s]")
     run.add_argument("--resume", action="store_true", help="go on from OUTPUT's last good checkpoint, if there is one")
     run.add_argument(
-        "--save-every", type=int, default=200, metavar="STEPS", help="between checkpoints; 0: none [%(default)s]"
+        "--save-every", type=int, metavar="STEPS", help="between checkpoints; 0: by the clock only [%(default)s]"
     )
     run.add_argument("--save-minutes", type=float, default=15, metavar="M", help="between checkpoints at most [%(default)s]")
     run.add_argument("--keep", type=int, default=2, help="checkpoints: checkpoint.pt, checkpoint.1.pt, ... [%(default)s]")
