@@ -579,7 +579,7 @@ class PairTable:
     """Picture files with a caption each, listed in one file. Raises InputError for a list that cannot be read.
 
     A COCO captions JSON, or Karpathy's split of it (of which, as in the paper, "train" is used); or a TSV, CSV or JSONL
-    whose columns are a path and a caption, or are named so. Superpixels are sought in FOLDER.superpixels-SIZE-P/.
+    whose columns are a path and a caption, or are named so. Superpixels are sought beside the list, in NAME.superpixels-SIZE-P/.
     """
 
     PATHS = ("path", "filepath", "file", "file_name", "filename", "image", "image_path")
@@ -587,7 +587,7 @@ class PairTable:
 
     def __init__(self, path, folder, image_size, suffix):
         self.path, self.folder, self.image_size = path, folder, image_size
-        self.superpixels = Path(f"{folder.resolve()}{suffix}")
+        self.superpixels = path.with_suffix(suffix)
         if not folder.is_dir():
             raise InputError(f"{folder}: no such folder of pictures")
         try:
@@ -1176,6 +1176,7 @@ def main(argv=None):
         progress.skipped += 0 if todo else len(source)
         if todo:
             source.save_superpixels(progress.of(in_parallel(SuperpixelJobs(source, todo, *sizes), args.workers)))
+            print(f"wrote {source.superpixels}")
     print(
         f"superpixels of {progress.done} pictures in {time.time() - progress.start:.0f} s, "
         f"{progress.bytes / max(progress.done, 1):.0f} bytes each; {progress.broken} broken pictures have none; "

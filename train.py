@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader
 
 import evaluate
 from clip_loader import (
+    MODELS,
     InputError,
     Tokenizer,
     git_revision,
@@ -298,6 +299,8 @@ def open_run(args, resumed, resumed_path, rank, world):
         model = load_segclip(resumed_path)
         return Tokenizer(resumed["merges"]), model, open_data(model.config)
     if args.init:
+        if args.init not in MODELS and not Path(args.init).is_file():
+            raise InputError(f"--init {args.init}: no such file, and no model of this name; there are {', '.join(MODELS)}")
         tokenizer = choose_tokenizer(args, None)
         model = build_model(args, tokenizer.vocab_size)
         return tokenizer, model, open_data(model.config)  # crops are of the size that the weights are made for
@@ -477,7 +480,7 @@ class Watch:
             self.named[kind] += 1
             if self.named[kind] <= 3:
                 more = "; more of the kind are only counted" if self.named[kind] == 3 else ""
-                print(f"skipped: {text}{more}", file=sys.stderr)
+                print(f"fault: {text}{more}", file=sys.stderr)
         kinds = [kind for kind, _ in met]
         return [kinds.count(kind) for kind in Fault.KINDS]
 
@@ -609,6 +612,11 @@ def main(argv=None):
     if rank == 0:
         log = open_log(output, start if resumed else None)
         introduce(model, tokenizer, optimizer, lengths, args, world, device)
+        known = [source.superpixels for source in sources if hasattr(source, "superpixels")]
+        if known and rule:
+            there = sum(path.exists() for path in known)
+            sizes = f"--image-size {config.image_size} --patch-size {config.patch_size}"
+            print(f"superpixels computed before for {there} of {len(known)} shards or lists (`data.py superpixels {sizes}`)")
         if args.resume:
             print(f"resumed {resumed_path} at step {start}" if resumed else f"{path}: nothing to resume; a new run begins")
     watch, last_save, done = Watch(args, start, faults, log), time.time(), start

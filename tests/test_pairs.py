@@ -443,7 +443,7 @@ def test_missing_or_damaged_superpixels_are_computed_and_counted(shards, picture
     table = f"{tmp_path}/pairs.csv={pictures}"
     before = all_pairs(open_all(shards / "*.tar", table))
     compute(shards / "*.tar", table)
-    folder = tmp_path / "pictures.superpixels-32-8"
+    folder = tmp_path / "pairs.superpixels-32-8"
     (folder / "1.jpg.png").unlink()
     (folder / "2.jpg.png").write_bytes(b"damaged")
     (folder / "3.jpg.png").write_bytes(encoded(3, "PNG", 40))

@@ -472,7 +472,7 @@ def test_faults_are_counted_and_named(tmp_path, shards, capsys):
     whole = run(tmp_path / "whole", *flags)
     streams = capsys.readouterr()
     assert whole["faults"] == {"broken picture": 4} and "of 120 pairs, 4 x broken picture" in streams.out
-    assert streams.err.count("skipped: broken picture: ") == 3 and "00000.tar/00000000" in streams.err
+    assert streams.err.count("fault: broken picture: ") == 3 and "00000.tar/00000000" in streams.err
     assert log_of(tmp_path / "whole")[-1]["faults"] == 4
 
 
