@@ -14,6 +14,7 @@ import os
 import pickle
 import subprocess
 import sys
+import traceback
 import urllib.request
 import warnings
 import zipfile
@@ -59,6 +60,32 @@ def start_processes(device_name):
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return rank, world, device
+
+
+def run_program(main, if_interrupted):
+    """The whole of a program: main(), what stopped it in one line, and the end of this process."""
+    program, complaint = Path(sys.argv[0]).name, None
+    try:
+        main()
+    except InputError as error:
+        complaint = f"{program}: {error}"
+    except KeyboardInterrupt:
+        complaint = f"{program}: {if_interrupted}"
+    except Exception:
+        if not dist.is_initialized():
+            raise
+        complaint = traceback.format_exc().rstrip()
+    if not dist.is_initialized():
+        sys.exit(complaint)
+    # One of several processes leaves at once, without the usual clearing up. That ends gloo's threads while it holds Python's
+    # lock, and a thread which has yet to let go of a tensor of ours needs that lock: both wait for ever (torch 2.4 to 2.13).
+    if complaint:
+        print(complaint, file=sys.stderr)
+    else:
+        dist.barrier()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1 if complaint else 0)
 
 
 def git_revision():

@@ -30,7 +30,7 @@ from PIL import Image, ImageOps
 from skimage.segmentation import felzenszwalb
 from torch.utils.data import DataLoader
 
-from clip_loader import InputError, cache_dir, first_line, make_folder
+from clip_loader import InputError, cache_dir, first_line, make_folder, run_program
 
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training pictures
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -1207,9 +1207,4 @@ class Progress:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        sys.exit(f"data.py: {error}")
-    except KeyboardInterrupt:
-        sys.exit("data.py: stopped; the same command goes on from here")
+    run_program(main, if_interrupted="stopped; the same command goes on from here")

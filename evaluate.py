@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
-from clip_loader import InputError, git_revision, load_segclip, load_tokenizer, make_folder, start_processes
+from clip_loader import InputError, git_revision, load_segclip, load_tokenizer, make_folder, run_program, start_processes
 from data import (
     BENCHMARKS,
     UNREADABLE,
@@ -607,8 +607,6 @@ def main(argv=None):
         )
     sha256 = hashlib.sha256(Path(args.checkpoint).read_bytes()).hexdigest()
     metrics = evaluate(args, model, tokenizer, rank, world, {"checkpoint": str(args.checkpoint), "checkpoint_sha256": sha256})
-    if world > 1:
-        dist.destroy_process_group()
     if rank == 0 and metrics:
         report(metrics)
 
@@ -737,9 +735,4 @@ def show_picture(sample, label, regions, scores, words, output, with_heat):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        sys.exit(f"evaluate.py: {error}")
-    except KeyboardInterrupt:
-        sys.exit("evaluate.py: stopped; the same command goes on from here")
+    run_program(main, if_interrupted="stopped; the same command goes on from here")

@@ -37,6 +37,7 @@ from clip_loader import (
     load_tokenizer,
     make_folder,
     read_weights,
+    run_program,
     save_checkpoint,
     start_processes,
 )
@@ -399,8 +400,6 @@ def compute_gradients(parallel, batch, noise, args, scaler, extra):
             if last:
                 values = torch.cat([totals / world, extra])
                 if world > 1:
-                    # Before backward() and not after it, whose collectives must be the last: DDP (2.13) leaves gloo's
-                    # threads behind, and one that still holds a tensor of ours at exit aborts.
                     dist.all_reduce(values)
                 # If any process has a loss that is not finite, then all get gradients that are not.
                 loss = loss * torch.where(values[: len(parts)].isfinite().all(), 1.0, math.nan)
@@ -661,8 +660,6 @@ def main(argv=None):
         if faults:
             print(watch.count_faults(done))
         print(f"wrote {path}" + (f"; stopped at step {done} of {args.steps}: --resume goes on" if done < args.steps else ""))
-    if world > 1:
-        dist.destroy_process_group()
 
 
 def open_log(output, resumed_step):
@@ -710,9 +707,4 @@ def evaluate_model(eval_args, model, tokenizer, rank, world, step, output):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        sys.exit(f"train.py: {error}")
-    except KeyboardInterrupt:
-        sys.exit("train.py: stopped before the first step")
+    run_program(main, if_interrupted="stopped before the first step")

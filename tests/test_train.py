@@ -231,7 +231,8 @@ def test_workers_and_seeds(tmp_path):
 @pytest.mark.parametrize("chunks", ["1", "2"])
 def test_two_processes_do_what_one_does(tmp_path, chunks):
     one = run(tmp_path / "one", "--steps", "3", "--log-every", "1")
-    process = launch(tmp_path / "two", "--steps", "3", "--log-every", "1", "--accumulate", chunks, processes=2)
+    look = ("--eval-every", "3", "--evaluate", "--limit 3 --workers 0")
+    process = launch(tmp_path / "two", "--steps", "3", "--log-every", "1", "--accumulate", chunks, *look, processes=2)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     two, start = read_weights(tmp_path / "two/checkpoint.pt"), run(tmp_path / "start", "--steps", "0")
@@ -314,7 +315,7 @@ for chunks in (1, 2):
         losses = dict(zip(names, values.tolist()))
         torch.save({{"losses": losses, "gradients": gradients}}, {folder!r} + f"/gradients{{chunks}}.pt")
     dist.barrier()
-os._exit(0)  # what DDP (2.13) leaves of gloo does not survive an ordinary end
+os._exit(0)  # as clip_loader.run_program does
 """
 
 
