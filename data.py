@@ -372,7 +372,7 @@ def patch_labels(segments, patch_size, rule="floor"):
     superpixels 2 and 8 joins superpixel 5, a stranger. "majority" takes the id that most of the patch's pixels have.
     """
     height, width = segments.shape
-    patches = segments.reshape(height // patch_size, patch_size, width // patch_size, patch_size)
+    patches = segments.reshape(height // patch_size, patch_size, width // patch_size, patch_size)  # [H/P, P, W/P, P]
     if rule == "floor":
         return patches.mean(axis=(1, 3)).astype(np.int64).ravel()
     ids = patches.transpose(0, 2, 1, 3).reshape(-1, patch_size**2).astype(np.int64)  # [N, P*P]
@@ -447,7 +447,7 @@ class Batches:
 class TrainingPairs(torch.utils.data.Dataset):
     """pairs[place, index] is pair `index` of the source, as it is seen at this place of the order of training:
 
-    picture uint8 [P, P, 3] (P = image_size), super-patches int [N], token ids [T], and the faults met: (kind, text), ...
+    picture uint8 [H, W, 3] (both image_size), super-patches int [N], token ids [T], and the faults met: (kind, text), ...
     `source[i]` is a Sample, or raises a Fault; then the next one stands in, and if many in a row fail, one chosen at random.
     What is seen at a place depends on nothing else: not on who asks, nor when, nor on faults elsewhere. (An InputError is
     returned and not raised, see `raised`.) rule: for patch_labels; None: no superpixels are needed.
@@ -588,8 +588,8 @@ class PairTable:
     def __init__(self, path, folder, image_size, suffix):
         self.path, self.folder, self.image_size = path, folder, image_size
         self.superpixels = path.with_suffix(suffix)
-        if not folder.is_dir():
-            raise InputError(f"{folder}: no such folder of pictures")
+        if not path.is_file() or not folder.is_dir():
+            raise InputError(f"{folder if path.is_file() else path}: not there")
         try:
             with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
                 rows = list(getattr(self, "read_" + path.suffix.lower()[1:])(file))
@@ -601,6 +601,9 @@ class PairTable:
         rows = [json.dumps(row).encode() for row in rows]
         self.rows, self.ends = b"".join(rows), np.cumsum([len(row) for row in rows])
         self.order = np.random.RandomState(0).permutation(len(rows))  # COCO's five captions of a picture lie side by side
+        names = [str(self.row(i)[0]) for i in self.order[:100]]
+        if not any((folder / name).is_file() for name in names):
+            raise InputError(f"{folder / names[0]}: not there, nor others of {path}; name their folder, --data {path}=FOLDER")
 
     def read_json(self, file):
         content = json.load(file)
@@ -762,7 +765,7 @@ class ShardReader:
         name = self.entry(i)[0] + ".png"
         try:
             return decode_segments(io.BytesIO(self.zip.read(name)), f"{self.path}/{name}")
-        except (KeyError, OSError, zipfile.BadZipFile) as error:
+        except Exception as error:  # a damaged file can make a reader fail in any way
             return Fault("missing superpixels", f"{self.path}/{name}", first_line(error))
 
 
@@ -1169,7 +1172,9 @@ def main(argv=None):
     if min(sizes) < 1 or args.workers < 0:
         raise InputError("--image-size and --patch-size must be at least 1, --workers at least 0")
     sources = open_pairs(args.data, argparse.Namespace(image_size=sizes[0], patch_size=sizes[1]), 0, args.workers, 1.0)
-    sources = [source for source in sources if not isinstance(source, SyntheticScenes)]  # drawn anew each time
+    sources = [source for source in sources if not isinstance(source, SyntheticScenes)]
+    if not sources:
+        raise InputError("synthetic scenes are drawn anew each time: their superpixels cannot be computed before")
     progress = Progress(sum(map(len, sources)))
     for source in sources:
         todo = source.unsegmented()

@@ -376,7 +376,7 @@ def compute_gradients(parallel, batch, noise, args, scaler, extra):
     With args.accumulate = K > 1 activations are kept of one chunk in K only, and the contrastive loss still has the whole
     batch as negatives: see gradients_of_features.
     """
-    model = parallel.module if isinstance(parallel, DistributedDataParallel) else parallel
+    model = getattr(parallel, "module", parallel)
     K, world = args.accumulate, dist.get_world_size() if dist.is_initialized() else 1
     precision = autocast(batch[0].device, args.precision)
     weights, reconstruct = (args.reconstruction_weight, args.superpixel_weight), args.reconstruction_weight > 0
@@ -436,9 +436,8 @@ def take_step(parallel, optimizer, batch, noise, args, scaler, extra):
     norm = torch.nn.utils.clip_grad_norm_(parallel.parameters(), 1.0)
     scaler.step(optimizer)  # or not, if a gradient is not finite; after DDP's sum that is so on all processes
     scaler.update(None if args.precision == "fp16" else 1.0)
-    model = parallel.module if isinstance(parallel, DistributedDataParallel) else parallel
     with torch.no_grad():  # where the loss clamps the scale it has no gradient, and could never come back
-        model.clip.logit_scale.clamp_(max=math.log(100))
+        getattr(parallel, "module", parallel).clip.logit_scale.clamp_(max=math.log(100))
     return torch.cat([values, norm[None]]), parts
 
 
@@ -659,7 +658,8 @@ def main(argv=None):
     if rank == 0:
         if faults:
             print(watch.count_faults(done))
-        print(f"wrote {path}" + (f"; stopped at step {done} of {args.steps}: --resume goes on" if done < args.steps else ""))
+        stopped = f"; stopped at step {done} of {args.steps}: --resume goes on" if done < args.steps else ""
+        print(f"wrote {path}{stopped}" if done > start or not resumed else f"{path}: all {done} steps are done already")
 
 
 def open_log(output, resumed_step):

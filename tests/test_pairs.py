@@ -202,13 +202,17 @@ def test_kinds_of_data_mix(pictures, shards, tmp_path):
 
 @pytest.mark.parametrize(
     "spec",
-    ["nowhere.csv", "nowhere.tar", "x{0..3}.tar", "nothing*.tar", "photo.jpg", "empty.csv", "broken.json", "list.json"],
+    [
+        *("nowhere.csv", "nowhere.tar", "x{0..3}.tar", "nothing*.tar", "photo.jpg", "empty.csv", "broken.json", "list.json"),
+        "elsewhere.csv",
+    ],
 )
 def test_data_that_is_not_there(tmp_path, monkeypatch, spec):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.csv").write_text("")
     (tmp_path / "broken.json").write_text("{")
     (tmp_path / "list.json").write_text("[1, 2]")
+    (tmp_path / "elsewhere.csv").write_text("pictures/1.jpg,a cat\npictures/2.jpg,a dog\n")
     with pytest.raises(InputError) as error:
         open_all(spec)
     assert_one_line(error, spec)

@@ -185,6 +185,8 @@ def test_the_last_good_checkpoint_is_found(tmp_path, capsys):
 def test_without_a_checkpoint_resume_begins(tmp_path, capsys):
     assert run(tmp_path / "new", "--resume", "--steps", "1")["step"] == 1
     assert "nothing to resume" in capsys.readouterr().out
+    run(tmp_path / "new", "--resume", "--steps", "1")
+    assert "done already" in capsys.readouterr().out
 
 
 def test_a_new_run_loses_no_earlier_one(tmp_path):
