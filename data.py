@@ -90,25 +90,25 @@ COLOURS = {
 THINGS = {
     "ball": (
         lambda u, v: u * u + v * v < 60**2,
-        ("red", "blue", "green", "purple"),
+        ("red", "blue"),
         (250, 250, 245),
         lambda u, v: (u + 10) // 20 % 2 == 0,
     ),
     "star": (
         lambda u, v: ((v < 32) & (v > 2 * abs(u) - 64)) | ((v > -32) & (v < 64 - 2 * abs(u))),
-        ("yellow", "orange", "pink"),
+        ("yellow", "orange"),
         (255, 250, 200),
         lambda u, v: abs(u) + abs(v) < 24,
     ),
     "tree": (
         lambda u, v: (v < 62) & (v > 2 * abs(u) - 64),
-        ("green", "brown", "orange"),
+        ("green", "brown"),
         (20, 70, 35),
         lambda u, v: v // 12 % 2 == 0,
     ),
     "house": (
         lambda u, v: (abs(u) < 46) & (v < 56) & (v > abs(u) * 4 // 5 - 62),
-        ("red", "yellow", "blue", "grey"),
+        ("red", "grey"),
         (60, 40, 40),
         lambda u, v: (v < -24) | ((abs(abs(u) - 22) < 10) & (abs(v - 14) < 14)),
     ),
@@ -120,19 +120,19 @@ THINGS = {
     ),
     "donut": (
         lambda u, v: (u * u + v * v < 62**2) & (u * u + v * v > 24**2),
-        ("pink", "brown", "purple"),
+        ("pink", "brown"),
         (250, 245, 230),
         lambda u, v: (u // 8 * 5 + v // 8 * 3) % 7 < 2,
     ),
     "heart": (
         lambda u, v: ((abs(u) - 28) ** 2 + (v + 20) ** 2 < 34**2) | ((v > -20) & (v < 60 - 5 * abs(u) // 4)),
-        ("red", "pink", "purple"),
+        ("pink", "purple"),
         (255, 200, 205),
         lambda u, v: (u + 28) ** 2 + (v + 26) ** 2 < 12**2,
     ),
     "fish": (
         lambda u, v: ((u + 14) ** 2 + 2 * v * v < 48**2) | ((u > 20) & (u < 62) & (abs(v) < u - 16)),
-        ("orange", "blue", "grey"),
+        ("orange", "blue"),
         (40, 40, 60),
         lambda u, v: (u // 8 % 2 == 0) & (v // 6 % 2 == 0),
     ),
@@ -160,32 +160,35 @@ SCENE_PALETTE = np.array(  # and the colours that show them
     ],
     np.uint8,
 )
-CAPTIONS = [  # half of them name everything,
+CAPTIONS = [  # most of them name everything,
     "a photo of {things} on {grounds}.",
     "{things} on {grounds}",
-    "there is {things} over {grounds}",
+    "there is {things} over {grounds} today",
     "{grounds} with {things}",
-    "a picture of {grounds} and {things}",
+    "a nice picture of {grounds} and {things}",
     "look, {things} lying on the {grounds}!",
-    # and half only one thing or ground, as people do; without these a word alone would be a text never seen.
+    "my friend found {things} somewhere on {grounds}",
+    "{things}, and behind it only {grounds}",
+    # and some only one thing or ground, as people do; without these a word alone would be a text never seen.
     "a photo of {one}.",
-    "{one}",
-    "there is {one}",
-    "a picture of {one}",
-    "look, {one}!",
     "we see {one} here",
 ]
 
 
 class SyntheticScenes:
-    """Scenes number 0, 1, 2, ... of a seed. `split` keeps training and evaluation apart."""
+    """Scenes number 0, 1, 2, ... of a seed. `split` keeps training and evaluation apart.
+
+    On two grounds in three, one of the two colours of a thing is never seen, neither in training ("train") nor in evaluation
+    ("val"): stars on grass are not yellow, stars on sand not orange. The split "unseen" has nothing but these.
+    """
 
     words, palette = SCENE_WORDS, SCENE_PALETTE
     background_threshold = None  # every pixel has a word
 
     def __init__(self, size, seed=0, split="train"):
         self.size = size
-        self.key = [seed, ["train", "val"].index(split)]
+        self.key = [seed, ["train", "val", "unseen"].index(split)]
+        self.unseen = split == "unseen"
         self.length = 1_000_000 if split == "train" else 500  # an epoch; there is a scene for every number
         self.y, self.x = np.mgrid[:size, :size]
 
@@ -211,19 +214,22 @@ class SyntheticScenes:
             picture[where] = self.ground(rng, SCENE_WORDS[ground])[where]
             label[where] = ground
 
-        kinds = rng.permutation(len(THINGS))[: rng.randint(1, 4)]
-        places = rng.permutation(4)  # one quarter of the picture each, so that none hides another
+        # kind + ground modulo 3 is the colour that is rare there; 2 is none.
+        rare = [{(kind + ground) % 3 for ground in grounds} - {2} for kind in range(len(THINGS))]
+        choices = [rare[kind] if self.unseen else {0, 1} - rare[kind] for kind in range(len(THINGS))]
+        kinds = [kind for kind in rng.permutation(len(THINGS)) if choices[kind]][: rng.randint(1, 3)]
+        places = rng.permutation(4)  # one quarter of the picture each, so that none hides much of another
         things = []
         for kind, place in zip(kinds, places):
             word = list(THINGS)[kind]
             shape, colours, second, pattern = THINGS[word]
-            colour = colours[rng.randint(len(colours))]
-            u, v = self.coordinates(rng, place, large=len(kinds) == 1)
+            colour = colours[rng.choice(sorted(choices[kind]))]
+            u, v = self.coordinates(rng, place, alone=len(kinds) == 1)
             where, grain = shape(u, v), rng.randint(-8, 9, (size, size, 1))
             pixels = np.where(pattern(u, v)[..., None], self.jitter(rng, second), self.jitter(rng, COLOURS[colour]))
             picture[where] = (pixels + grain)[where]
             label[where] = len(GROUNDS) + kind
-            things.append(f"a {word}" if rng.randint(3) else f"a {colour} {word}")
+            things.append(f"a {word}" if rng.randint(3) else f"{'an' if colour[0] == 'o' else 'a'} {colour} {word}")
 
         grounds = [SCENE_WORDS[ground] for ground in grounds]
         caption = CAPTIONS[rng.randint(len(CAPTIONS))].format(
@@ -243,12 +249,13 @@ class SyntheticScenes:
         mix = pattern(self.x + rng.randint(64), self.y + rng.randint(64), grain)[..., None]  # [H, W, 1]
         return (self.jitter(rng, low) * (64 - mix) + self.jitter(rng, high) * mix) // 64
 
-    def coordinates(self, rng, place, large):
-        """u and v of every pixel, for a thing of random size and tilt in one quarter of the picture."""
+    def coordinates(self, rng, place, alone):
+        """u and v of every pixel, for a thing of random size and tilt in one quarter of the picture, or if alone anywhere."""
         size = self.size
-        cx = size // 4 + place % 2 * size // 2 + rng.randint(-size // 10, size // 10 + 1)
-        cy = size // 4 + place // 2 * size // 2 + rng.randint(-size // 10, size // 10 + 1)
-        radius = rng.randint(size * 12, size * (21 if large else 18)) // 60
+        cx, cy = (size // 4 + half * size // 2 + rng.randint(-size // 10, size // 10 + 1) for half in (place % 2, place // 2))
+        if alone:
+            cx, cy = rng.randint(size // 4, size * 3 // 4 + 1, 2)
+        radius = rng.randint(size * 17, size * (28 if alone else 24)) // 60
         angle = rng.randint(-30, 31) * math.pi / 180
         # Rounded to integers, so that no machine's sine decides a pixel.
         c, s = round(1024 * math.cos(angle)), round(1024 * math.sin(angle))

@@ -16,6 +16,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -39,6 +40,7 @@ from data import (
     resize_bilinear,
 )
 
+SCENES = {"synthetic": "val", "synthetic-unseen": "unseen"}  # data sets that are drawn, and their split
 DEFAULT_CHECKPOINT = "runs/synthetic/checkpoint.pt"
 PROTOCOLS_OWN = -1.0  # --background without a threshold
 
@@ -252,6 +254,15 @@ def dense_labels(cosines, owner, settings):
     return scores, label
 
 
+class Result(NamedTuple):
+    """What a model sees in one picture."""
+
+    label: np.ndarray  # uint8 [H, W], at the picture's own size
+    regions: np.ndarray  # [h, w], at the size at which it was seen; a region's number is its center + L * its window
+    scores: torch.Tensor  # [C, H, W]
+    features: torch.Tensor  # [windows, E], image features
+
+
 class Segmenter:
     """A model, words (features [Q, E] and classes [Q]) and settings, ready to label pictures."""
 
@@ -268,10 +279,7 @@ class Segmenter:
 
     @torch.inference_mode()
     def __call__(self, pictures):
-        """(sample, picture as seen uint8 [h, w, 3]) ... -> (sample, labels uint8 [H, W], regions [h, w], scores [C, H, W]) ...
-
-        Windows of several pictures share a batch. A region's number is its center + L * its window.
-        """
+        """(sample, picture as seen uint8 [h, w, 3]) ... -> (sample, Result) ...; windows of several pictures share a batch."""
         waiting, crops, s = [], [], self.settings
         for sample, seen in pictures:
             image = normalise(torch.as_tensor(seen, device=self.text.device).permute(2, 0, 1))  # [3, h, w]
@@ -301,7 +309,8 @@ class Segmenter:
                 of_pixels = scores[first + i][regions[first + i]]  # [L, channels] -> [window, window, channels]
                 canvas[here] += of_pixels.permute(2, 0, 1)  # -> [channels, window, window]
                 count[here] += 1
-                region_map[here] = regions[first + i] + i * self.model.config.num_centers
+                region_map[here] = regions[first + i] + i * scores.shape[1]
+            features = encoding.features[first : first + len(starts)]
             first += len(starts)
             full = F.interpolate((canvas / count)[None], sample.picture.shape[:2], mode="bilinear", align_corners=False)[0]
             if self.settings.protocol == "dense":
@@ -309,7 +318,7 @@ class Segmenter:
             else:
                 # The softmax changes no argmax but that of values that it rounds to the same: the authors' way with near ties.
                 label = full.softmax(dim=0).argmax(dim=0)
-            yield sample, label.byte().cpu().numpy(), region_map.cpu().numpy(), full
+            yield sample, Result(label.byte().cpu().numpy(), region_map.cpu().numpy(), full, features)
 
 
 class Seen(torch.utils.data.Dataset):
@@ -364,6 +373,76 @@ class Score:
 def mean(values):
     """The mean of the values that are not NaN; 0 if there is none."""
     return float(np.nanmean(values)) if not np.isnan(values).all() else 0.0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Why a score is what it is
+
+
+def majority(parts, label):
+    """Each part of a picture has the label that most of its pixels have: parts int [H, W], label uint8 [H, W] -> [H, W]."""
+    parts = np.unique(parts, return_inverse=True)[1].reshape(label.shape)  # numbered without gaps
+    counts = np.bincount((256 * parts + label).ravel(), minlength=256 * (parts.max() + 1)).reshape(-1, 256)
+    counts[:, 255] = 0  # not scored
+    return counts.argmax(axis=1)[parts].astype(np.uint8)
+
+
+class Analysis:
+    """What the score would be if one part of the model were perfect, and how good that part is by itself."""
+
+    def __init__(self, num_classes, model, tokenizer, text, owner, settings):
+        self.model, self.tokenizer, self.text, self.owner, self.settings = model, tokenizer, text, owner, settings
+        self.ceiling, self.grouped, self.named = Score(num_classes), Score(num_classes), Score(num_classes)
+        self.regions, self.right_names, self.words_found, self.captions, self.features = [], [], [], [], []
+
+    def add(self, sample, result):
+        (height, width), (h, w), P = sample.label.shape, result.regions.shape, self.model.config.patch_size
+        y, x = np.arange(height)[:, None] * h // height, np.arange(width) * w // width  # of each pixel, as it was seen
+        self.ceiling.add(majority(y // P * w + x // P, sample.label), sample.label)
+        self.grouped.add(majority(result.regions[y, x], sample.label), sample.label)
+        self.regions.append(len(np.unique(result.regions)))
+
+        there, named = [c for c in np.unique(sample.label) if c < len(result.scores)], sample.label.copy()
+        for c in there:
+            where = torch.as_tensor(sample.label == c, device=result.scores.device)
+            name = result.scores[:, where].mean(dim=1).argmax().item()
+            named[sample.label == c] = name
+            self.right_names.append(name == c)
+        self.named.add(named, sample.label)
+
+        first = len(result.scores) - len(self.settings.classes)  # 1 where background is not among the words
+        feature = F.normalize(result.features.float(), dim=-1)  # [windows, E]
+        ranking = (
+            best_word(feature @ self.text.T, self.owner, len(self.settings.classes)).amax(dim=0).argsort(descending=True)
+        )
+        top = ranking[: self.settings.top_k or 5].tolist()
+        self.words_found += [c - first in top for c in there if c >= first]
+        if sample.caption:
+            self.captions.append(sample.caption)
+            self.features.append(F.normalize(feature.mean(dim=0), dim=0))
+
+    def summary(self):
+        """-> {what: fraction or number}, in the order in which it is best read."""
+        return {
+            "mIoU if each patch had its majority class: the ceiling": self.ceiling.summary()["mIoU"],
+            "mIoU if each region had its majority class: names perfect": self.grouped.summary()["mIoU"],
+            "mIoU if each true region were named as a whole: grouping perfect": self.named.summary()["mIoU"],
+            "purity: pixels that have the majority class of their region": self.grouped.summary()["aAcc"],
+            "true regions that are named right": mean(self.right_names),
+            f"words of a picture among the image feature's top {self.settings.top_k or 5}": mean(self.words_found),
+            "captions nearest to their own of 100 pictures": self.retrieval(),
+            "number of regions in a picture": mean(self.regions),
+        }
+
+    @torch.inference_mode()
+    def retrieval(self):
+        """How often, of 100 pictures, a caption is nearest to its own; None without a hundred captions."""
+        found = []
+        for i in range(0, len(self.captions) - 99, 100):
+            text = self.tokenizer(self.captions[i : i + 100], self.model.config.context_length).to(self.text.device)
+            similarity = F.normalize(self.model.encode_text(text), dim=-1) @ torch.stack(self.features[i : i + 100]).T
+            found += (similarity.argmax(dim=1).cpu() == torch.arange(100)).tolist()
+        return mean(found) if found else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -498,7 +577,7 @@ def read_prediction(path, key):
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] + " [x] is the default.")
     what = parser.add_argument_group("what to label")
-    what.add_argument("--dataset", default="synthetic", help=f"synthetic, {', '.join(sorted(BENCHMARKS))} [%(default)s]")
+    what.add_argument("--dataset", default="synthetic", help=f"{', '.join([*SCENES, *sorted(BENCHMARKS)])} [%(default)s]")
     what.add_argument("--data-root", help="folder of the data set, for example VOCdevkit/VOC2012")
     what.add_argument("--images", help="a folder of your own pictures, instead of a data set")
     what.add_argument(
@@ -544,6 +623,7 @@ def parse_args(argv=None):
     )
     result = parser.add_argument_group("the result")
     result.add_argument("--output", help="folder [scenes: the checkpoint's; else runs/DATASET, runs/images or runs/image]")
+    result.add_argument("--analyse", action="store_true", help="say why the score is what it is, part by part of the model")
     result.add_argument("--heat", action="store_true", help="with --image: a heat map for each word, too")
     return parser.parse_args(argv)
 
@@ -566,12 +646,12 @@ def open_dataset(args, size):
         if args.image:
             return PictureFolder(Path(args.image).parent, None, words, args.background_threshold, [Path(args.image)])
         return PictureFolder(args.images, args.labels_dir, words, args.background_threshold)
-    if args.data_root and args.dataset == "synthetic":
+    if args.data_root and args.dataset in SCENES:
         raise InputError("--data-root needs --dataset; to label pictures of your own, --images")
-    if args.dataset == "synthetic":
-        return SyntheticScenes(size, args.seed, "val")
+    if args.dataset in SCENES:
+        return SyntheticScenes(size, args.seed, SCENES[args.dataset])
     if args.dataset not in BENCHMARKS:
-        raise InputError(f"--dataset {args.dataset}: unknown; there are synthetic, {', '.join(sorted(BENCHMARKS))}")
+        raise InputError(f"--dataset {args.dataset}: unknown; there are {', '.join([*SCENES, *sorted(BENCHMARKS)])}")
     if args.data_root is None:
         raise InputError(f"--dataset {args.dataset} needs --data-root, the folder that holds it")
     return SegmentationFolder(args.dataset, args.data_root)
@@ -633,14 +713,15 @@ def evaluate(args, model, tokenizer, rank, world, origin):
     words = ["background", *dataset.words] if has_background else dataset.words
     # Scores on scenes belong to one run of training; each has a folder already.
     kind = kind_of(args)
-    output = Path(args.output or (Path(args.checkpoint).parent if kind == "synthetic" else f"runs/{kind}"))
+    beside = {"synthetic": Path(args.checkpoint).parent, "synthetic-unseen": Path(args.checkpoint).parent / "unseen"}
+    output = Path(args.output or beside.get(kind, f"runs/{kind}"))
     make_folder(output)
 
     source = args.image or args.images or args.data_root
     record = {
         "dataset": kind,
         "data": source and str(Path(source).resolve()),
-        "seed": args.seed if kind == "synthetic" else None,
+        "seed": args.seed if kind in SCENES else None,
         **origin,
         "git": git_revision(),
         "precision": args.precision,
@@ -654,7 +735,7 @@ def evaluate(args, model, tokenizer, rank, world, origin):
 
     keys = {i: prediction_key(record, dataset.picture_path(i)) for i in mine}
     for i in mine:  # what was done before with the very same settings and picture is not done again
-        earlier = None if i in shown else read_prediction(label_path(i), keys[i])
+        earlier = None if i in shown or args.analyse else read_prediction(label_path(i), keys[i])
         if earlier is None:
             todo.append(i)
         elif (label := dataset[i].label) is not None:
@@ -665,17 +746,20 @@ def evaluate(args, model, tokenizer, rank, world, origin):
 
     text, owner = class_features(model, tokenizer, settings)
     segmenter = Segmenter(model, text, owner, settings, args.batch_size, args.precision == "bf16")
+    analysis = Analysis(len(words), model, tokenizer, text, owner, settings) if args.analyse else None
     loader = in_parallel(Seen(dataset, settings), args.workers, todo)
     start = last_line = time.time()
-    for n, (i, (sample, prediction, regions, scores)) in enumerate(zip(todo, segmenter(raised(loader))), 1):
+    for n, (i, (sample, result)) in enumerate(zip(todo, segmenter(raised(loader))), 1):
         if args.image:
-            return show_picture(sample, prediction, regions, scores, words, output, args.heat)
-        save_labels(label_path(i), prediction, dataset.palette, keys[i])
+            return show_picture(sample, result, words, output, args.heat)
+        save_labels(label_path(i), result.label, dataset.palette, keys[i])
         if sample.label is not None:
             labelled += 1
-            score.add(prediction, sample.label)
+            score.add(result.label, sample.label)
+            if analysis:
+                analysis.add(sample, result)
         if i in shown:
-            examples.append((sample.picture, sample.label, regions, prediction))
+            examples.append((sample.picture, sample.label, result.regions, result.label))
         if rank == 0 and time.time() - last_line > 5:
             last_line = time.time()
             rate = n / (last_line - start)
@@ -694,6 +778,8 @@ def evaluate(args, model, tokenizer, rank, world, origin):
     if labelled:
         per_class = {word: None if np.isnan(value) else float(value) for word, value in zip(words, score.iou())}
         metrics = score.summary() | {"IoU": per_class, "pictures": labelled, "limit": args.limit, **record}
+        if analysis:
+            metrics["analysis"] = analysis.summary()
         (output / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
         written.append(f"{output}/metrics.json")
     elif args.labels_dir:
@@ -710,10 +796,14 @@ def report(metrics):
     threshold = metrics["background_threshold"]
     threshold = "" if threshold is None else f"  background threshold {threshold}"
     print(f"{summary}  over {metrics['pictures']} pictures  protocol {metrics['protocol']}{threshold}")
+    for name, value in metrics.get("analysis", {}).items():
+        value = f"{value:6.1f}  " if "number" in name else "     -  " if value is None else f"{100 * value:6.1f} %"
+        print(f"{value}  {name}")
 
 
-def show_picture(sample, label, regions, scores, words, output, with_heat):
+def show_picture(sample, result, words, output, with_heat):
     """Write what the model sees in one picture, and print how much of it each word is."""
+    label, regions, scores, _ = result
     palette = word_colours(words)
     share = np.bincount(label.ravel(), minlength=len(words)) / label.size
     order = [c for c in np.argsort(-share) if share[c] > 0]

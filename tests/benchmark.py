@@ -100,7 +100,7 @@ def evaluate(args):
     for turn in range(args.rounds + 1):
         for way, segmenter in ways.items():
             start = time.perf_counter()
-            labels[way] = [label for _, label, _, _ in segmenter(pictures)]
+            labels[way] = [result.label for _, result in segmenter(pictures)]
             if turn:  # the first warms up
                 times[way].append((time.perf_counter() - start) / len(pictures))
     base = None

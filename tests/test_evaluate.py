@@ -1,5 +1,6 @@
 """From scores to label maps, the metric, and the program with good and bad input."""
 
+import argparse
 import dataclasses
 import json
 import math
@@ -17,6 +18,8 @@ from clip_loader import InputError, Tokenizer, save_checkpoint
 from conftest import GOLDEN, TINY, recorder
 from data import BENCHMARKS, VOC, Sample, SyntheticScenes, resize_bilinear, voc_palette
 from evaluate import (
+    Analysis,
+    Result,
     Score,
     Segmenter,
     Settings,
@@ -167,7 +170,7 @@ def test_windows_are_put_back_where_they_came_from(shape, protocol):
     """A bright half and a dark half, whatever the size: each is labelled to within a patch of the border."""
     settings = settings_for(protocol=protocol, logit_scale=40, stride=8 if protocol == "dense" else 16)
     segmenter = Segmenter(Stripes(), WORDS, torch.arange(2), settings)
-    [(_, label, regions, scores)] = segmenter([seen(halves(shape), settings)])
+    [(_, (label, regions, scores, _))] = segmenter([seen(halves(shape), settings)])
     assert label.shape == shape and min(regions.shape) == 16 and scores.shape == (2, *shape)
     label = label if shape[0] > shape[1] else label.T
     half, border = len(label) // 2, -(-4 * min(shape) // 16)
@@ -180,7 +183,7 @@ def test_batches_of_windows_change_nothing():
     results = []
     for batch_size in (1, 3, 100):
         segmenter = Segmenter(Stripes(), WORDS, torch.arange(2), settings, batch_size)
-        results.append([(label.tolist(), regions.tolist()) for _, label, regions, _ in segmenter(pictures)])
+        results.append([(result.label.tolist(), result.regions.tolist()) for _, result in segmenter(pictures)])
     assert results[0] == results[1] == results[2]
 
 
@@ -266,6 +269,37 @@ def test_a_folder_in_voc_layout(voc, checkpoint, tmp_path, capsys):
         assert prediction.size == (image.size[::-1] if name == "rotated" else image.size)
         assert prediction.mode == "P" and prediction.getpalette()[:63] == voc_palette().ravel().tolist()[:63]
     assert Image.open(tmp_path / "out/examples.png").width > 400
+
+
+def test_what_an_analysis_finds_in_a_picture():
+    """Worked out by hand: 4 x 4 pixels, patches of 2, the left half is class 0 and the right half class 1."""
+    label = np.array([[0, 0, 1, 1]] * 4, np.uint8)
+    regions = np.array([[0, 0, 0, 1]] * 4)  # the first region takes a quarter of the right half
+    scores = torch.zeros(3, 4, 4)
+    scores[0, :, :2], scores[2, :, 2:], scores[1, 0, 2] = 1, 1, 2  # the right half is 2, but for one pixel
+    settings = Settings("segclip", [["a"], ["b"], ["c"]], 1, 4, 4, 4, 1, None, None, None)
+    model = argparse.Namespace(config=dataclasses.replace(TINY, patch_size=2))
+    analysis = Analysis(3, model, None, torch.eye(3), torch.arange(3), settings)
+    analysis.add(Sample(None, label, "", ""), Result(label, regions, scores, torch.tensor([[0.0, 5, 1]])))
+    ceiling, grouped, named, purity, right, found, captions, number = analysis.summary().values()
+    assert ceiling == 1
+    assert grouped == pytest.approx((8 / 12 + 4 / 8) / 2) and purity == 12 / 16
+    assert named == pytest.approx((1 + 0 + 0) / 3) and right == 0.5
+    assert found == 0.5 and captions is None and number == 2
+
+
+def test_analysis_of_a_checkpoint(checkpoint, tmp_path, capsys):
+    flags = ("--checkpoint", checkpoint, "--limit", 100, "--output", tmp_path, "--batch-size", 50)
+    run(*flags)
+    plain = json.loads((tmp_path / "metrics.json").read_text())
+    run(*flags, "--analyse")  # everything is labelled again: the maps alone do not tell why
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    analysis = list(metrics.pop("analysis").values())
+    assert metrics == plain
+    assert 0.5 < analysis[0] <= 1 and metrics["mIoU"] < analysis[1] and analysis[6] < 0.2
+    assert "the ceiling" in capsys.readouterr().out
+    run("--checkpoint", checkpoint, "--limit", 5, "--output", tmp_path / "unseen", "--dataset", "synthetic-unseen")
+    assert json.loads((tmp_path / "unseen/metrics.json").read_text())["pictures"] == 5
 
 
 def test_limit_and_synthetic_scenes(checkpoint, tmp_path):
@@ -459,7 +493,7 @@ class HalfRight:
         for sample, seen in pictures:
             prediction = np.where(sample.label == 255, 2, sample.label).astype(np.uint8)
             prediction[len(prediction) // 2 :] = 2
-            yield sample, prediction, np.zeros(seen.shape[:2], int), None
+            yield sample, Result(prediction, np.zeros(seen.shape[:2], int), None, None)
 
 
 def test_three_photographs_of_ade20k(checkpoint, tmp_path, monkeypatch):
