@@ -179,16 +179,15 @@ class SyntheticScenes:
     """Scenes number 0, 1, 2, ... of a seed. `split` keeps training and evaluation apart.
 
     On two grounds in three, one of the two colours of a thing is never seen, neither in training ("train") nor in evaluation
-    ("val"): stars on grass are not yellow, stars on sand not orange. The split "unseen" has nothing but these.
+    ("val"): stars on grass are not orange, stars on water not yellow. The split "unseen" has nothing but these.
     """
 
     words, palette = SCENE_WORDS, SCENE_PALETTE
     background_threshold = None  # every pixel has a word
 
     def __init__(self, size, seed=0, split="train"):
-        self.size = size
+        self.size, self.split = size, split
         self.key = [seed, ["train", "val", "unseen"].index(split)]
-        self.unseen = split == "unseen"
         self.length = 1_000_000 if split == "train" else 500  # an epoch; there is a scene for every number
         self.y, self.x = np.mgrid[:size, :size]
 
@@ -214,9 +213,9 @@ class SyntheticScenes:
             picture[where] = self.ground(rng, SCENE_WORDS[ground])[where]
             label[where] = ground
 
-        # kind + ground modulo 3 is the colour that is rare there; 2 is none.
-        rare = [{(kind + ground) % 3 for ground in grounds} - {2} for kind in range(len(THINGS))]
-        choices = [rare[kind] if self.unseen else {0, 1} - rare[kind] for kind in range(len(THINGS))]
+        # kind + ground modulo 3 is the colour that is unseen there; 2 is none.
+        unseen = [{(kind + ground) % 3 for ground in grounds} - {2} for kind in range(len(THINGS))]
+        choices = unseen if self.split == "unseen" else [{0, 1} - colours for colours in unseen]
         kinds = [kind for kind in rng.permutation(len(THINGS)) if choices[kind]][: rng.randint(1, 3)]
         places = rng.permutation(4)  # one quarter of the picture each, so that none hides much of another
         things = []

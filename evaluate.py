@@ -392,6 +392,7 @@ class Analysis:
 
     def __init__(self, num_classes, model, tokenizer, text, owner, settings):
         self.model, self.tokenizer, self.text, self.owner, self.settings = model, tokenizer, text, owner, settings
+        self.top_k = settings.top_k or 5
         self.ceiling, self.grouped, self.named = Score(num_classes), Score(num_classes), Score(num_classes)
         self.regions, self.right_names, self.words_found, self.captions, self.features = [], [], [], [], []
 
@@ -415,7 +416,7 @@ class Analysis:
         ranking = (
             best_word(feature @ self.text.T, self.owner, len(self.settings.classes)).amax(dim=0).argsort(descending=True)
         )
-        top = ranking[: self.settings.top_k or 5].tolist()
+        top = ranking[: self.top_k].tolist()
         self.words_found += [c - first in top for c in there if c >= first]
         if sample.caption:
             self.captions.append(sample.caption)
@@ -429,7 +430,7 @@ class Analysis:
             "mIoU if each true region were named as a whole: grouping perfect": self.named.summary()["mIoU"],
             "purity: pixels that have the majority class of their region": self.grouped.summary()["aAcc"],
             "true regions that are named right": mean(self.right_names),
-            f"words of a picture among the image feature's top {self.settings.top_k or 5}": mean(self.words_found),
+            f"words of a picture among the image feature's top {self.top_k}": mean(self.words_found),
             "captions nearest to their own of 100 pictures": self.retrieval(),
             "number of regions in a picture": mean(self.regions),
         }
@@ -659,6 +660,8 @@ def open_dataset(args, size):
 
 def check(args, settings, patch):
     """Raises InputError for flags that make no sense."""
+    if (args.image or args.analyse) and dist.is_initialized():  # one picture cannot be shared; an analysis needs them all
+        raise InputError("--image and --analyse are for one process; start it with python, not torchrun")
     for name in ("short_side", "window", "stride", "batch_size", "limit", "top_k"):
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -675,8 +678,6 @@ def check(args, settings, patch):
 def main(argv=None):
     args = parse_args(argv)
     rank, world, device = start_processes(args.device)
-    if args.image and world > 1:
-        raise InputError("--image: one picture is work for one process; start it with python, not torchrun")
     if args.checkpoint == DEFAULT_CHECKPOINT and not Path(DEFAULT_CHECKPOINT).exists():
         raise InputError(f"{DEFAULT_CHECKPOINT}: not there yet; make it with `python train.py`, or give --checkpoint FILE")
     model = load_segclip(args.checkpoint, from_clip=False).to(device).eval()

@@ -46,8 +46,8 @@ from losses import contrastive_loss, total_loss
 from model import Block, Config, SegCLIP
 
 # The embedded default. Two parts of the paper's model are left out of it, the cross-attention layers and the blocks after
-# the group module: with either, words ended up on the wrong regions (the README has the numbers). Perhaps because on 64
-# patches they let each region see all the others, and the maximum over the regions never asks which carries which word.
+# the group module: with either, words end up on the wrong regions (the README has the numbers). They let each region see
+# the whole picture, and the maximum over the regions never asks which one carries which word.
 SMALL = Config(
     image_size=64,
     patch_size=8,
@@ -98,8 +98,10 @@ FROZEN = (
     *("clip.token_embedding.", "clip.positional_embedding"),
 )
 # Flags with which a run may go on otherwise than it began: they change no number but by rounding (--device: and the noise).
-FREE = ("output", "resume", "save_every", "save_minutes", "keep", "evaluate", "eval_every", "log_every", "device", "workers")
-FREE += ("max_faults", "accumulate", "checkpoint_activations", "compile")
+FREE = (
+    *("output", "resume", "save_every", "save_minutes", "keep", "evaluate", "eval_every", "log_every", "device", "workers"),
+    *("max_faults", "accumulate", "checkpoint_activations", "compile"),
+)
 
 
 def parse_args(argv=None):
@@ -445,12 +447,12 @@ class Interruption:
     """While it is entered, Ctrl-C and SIGTERM are only noted, so that the step can be ended and saved."""
 
     def __enter__(self):
-        self.name = None
+        self.asked = False
         self.handlers = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def note(self, number, frame):
-        self.name = signal.Signals(number).name
+        self.asked = True
 
     def __exit__(self, *_):
         for number, handler in self.handlers.items():
@@ -609,22 +611,17 @@ def main(argv=None):
     log = None
     if rank == 0:
         log = open_log(output, start if resumed else None)
-        introduce(model, tokenizer, optimizer, lengths, args, world, device)
-        known = [source.superpixels for source in sources if hasattr(source, "superpixels")]
-        if known and rule:
-            there = sum(path.exists() for path in known)
-            sizes = f"--image-size {config.image_size} --patch-size {config.patch_size}"
-            print(f"superpixels computed before for {there} of {len(known)} shards or lists (`data.py superpixels {sizes}`)")
+        introduce(model, tokenizer, optimizer, sources, args, world, device)
         if args.resume:
             print(f"resumed {resumed_path} at step {start}" if resumed else f"{path}: nothing to resume; a new run begins")
     watch, last_save, done = Watch(args, start, faults, log), time.time(), start
     model.train()
     with Interruption() as interruption:
         for step, (picture, superpatch, text, met) in enumerate(raised(loader), start):
-            lr = lr_factor(step, args)
+            factor = lr_factor(step, args)
             for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * lr
-            extra = torch.tensor([interruption.name is not None, *watch.name_faults(met)], dtype=torch.float32)
+                group["lr"] = group["peak_lr"] * factor
+            extra = torch.tensor([interruption.asked, *watch.name_faults(met)], dtype=torch.float32)
             picture, superpatch, text, extra = (x.to(device, non_blocking=True) for x in (picture, superpatch, text, extra))
             generator.manual_seed(args.seed * 1_000_003 + step)
             noise = model.draw_noise(args.batch_size, num_patches, generator)
@@ -638,7 +635,7 @@ def main(argv=None):
             late = time.time() - last_save > 60 * args.save_minutes
             stop = watch.read(parts, done, all_steps=due or device.type == "cpu")
             if due and rank == 0:
-                watch.write(done, parts, args.lr * lr, model.clip.logit_scale.exp().item())
+                watch.write(done, parts, args.lr * factor, model.clip.logit_scale.exp().item())
             if watch.too_many_faults(done):
                 save(done)
                 raise InputError(
@@ -679,7 +676,7 @@ def open_log(output, resumed_step):
     return open(path, "a")
 
 
-def introduce(model, tokenizer, optimizer, lengths, args, world, device):
+def introduce(model, tokenizer, optimizer, sources, args, world, device):
     """Print what is going to be trained, and how."""
     trained = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
     total = sum(p.numel() for p in model.parameters())
@@ -688,10 +685,15 @@ def introduce(model, tokenizer, optimizer, lengths, args, world, device):
         print(f"{count:8.2f} M parameters  lr {group['peak_lr']:.1e}  weight decay {group['weight_decay']}")
     print(f"{(total - trained) / 1e6:8.2f} M parameters  frozen")
     print(
-        f"{sum(lengths):,} pairs, {args.steps} steps of {args.batch_size}; {tokenizer.vocab_size} tokens; "
+        f"{sum(map(len, sources)):,} pairs, {args.steps} steps of {args.batch_size}; {tokenizer.vocab_size} tokens; "
         f"{world} x {device.type}, {args.precision}",
         flush=True,
     )
+    known = [source.superpixels for source in sources if hasattr(source, "superpixels")]
+    if known and args.superpixel_weight:
+        there = sum(path.exists() for path in known)
+        sizes = f"--image-size {model.config.image_size} --patch-size {model.config.patch_size}"
+        print(f"superpixels computed before for {there} of {len(known)} shards or lists (`data.py superpixels {sizes}`)")
 
 
 def evaluate_model(eval_args, model, tokenizer, rank, world, step, output):

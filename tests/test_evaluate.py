@@ -302,6 +302,13 @@ def test_analysis_of_a_checkpoint(checkpoint, tmp_path, capsys):
     assert json.loads((tmp_path / "unseen/metrics.json").read_text())["pictures"] == 5
 
 
+@pytest.mark.parametrize("flags", [("--analyse",), ("--image", "photo.jpg", "--words", "cat, dog")])
+def test_what_only_one_process_can_do(checkpoint, tmp_path, monkeypatch, flags):
+    monkeypatch.setattr(evaluate.dist, "is_initialized", lambda: True)
+    with pytest.raises(InputError, match="one process"):
+        run("--checkpoint", checkpoint, "--output", tmp_path, *flags)
+
+
 def test_limit_and_synthetic_scenes(checkpoint, tmp_path):
     run("--checkpoint", checkpoint, "--limit", 3, "--output", tmp_path)
     assert sorted(path.name for path in (tmp_path / "predictions").iterdir()) == [f"scene{i:05}.png" for i in range(3)]
