@@ -27,7 +27,7 @@ import regex
 import torch
 import torch.distributed as dist
 
-from model import CLIP, Config, SegCLIP
+from model import CLIP, Config, DenseCLIP, SegCLIP
 
 
 class InputError(Exception):
@@ -441,13 +441,28 @@ def clip_config(state, source):
         raise InputError(f"{source}: not the architecture of a CLIP ({error})") from None
 
 
+def read_model(name_or_path):
+    """What is in the file of one of OpenAI's models ("ViT-B/16"), or in any other: see read_weights."""
+    return read_weights(fetch(name_or_path) if name_or_path in DOWNLOADS else name_or_path)
+
+
+def is_segclip(state):
+    """Whether there is a semantic group module: in one of our checkpoints, or in the authors'."""
+    names = state["model"] if isinstance(state.get("model"), dict) else state
+    return any(str(name).startswith(("group.", "clip.visual.transformer.semantic_layer2.")) for name in names)
+
+
 def load_clip(name_or_path):
-    """One of OpenAI's models by name ("ViT-B/16"), or a file: TorchScript archive or state dict. -> CLIP, float32."""
-    state = read_weights(fetch(name_or_path) if name_or_path in DOWNLOADS else name_or_path)
-    return clip_from_state(state, name_or_path)
+    """-> CLIP in float32: one of OpenAI's by name ("ViT-B/16"), or from a file: their TorchScript archive, a state dict, or
+    a checkpoint of `train.py --method clip`. Raises InputError."""
+    return clip_from_state(read_model(name_or_path), name_or_path)
 
 
 def clip_from_state(state, source):
+    if is_segclip(state):
+        raise InputError(f"{source}: a SegCLIP, where a CLIP is needed")
+    if "config" in state and "model" in state:
+        state = {name.removeprefix("clip."): tensor for name, tensor in state["model"].items()}
     sizes = ("input_resolution", "context_length", "vocab_size")  # in OpenAI's archives; the shapes tell the same
     state = {name: tensor for name, tensor in state.items() if name not in sizes}
     return load_strictly(CLIP(clip_config(state, source)), state, source)
@@ -508,32 +523,39 @@ def segclip_config(state, first_stage_layers, source):
     )
 
 
-def load_segclip(path_or_clip, from_clip=True, **sizes):
+def load_model(name_or_path):
+    """What can label pictures, from any file: a SegCLIP, or a CLIP read densely. Raises InputError."""
+    state = read_model(name_or_path)
+    return segclip_from_state(state, name_or_path) if is_segclip(state) else DenseCLIP(clip_from_state(state, name_or_path))
+
+
+def load_segclip(path_or_clip, **sizes):
     """-> SegCLIP in float32, from our checkpoint, the authors' segclip.bin (with or without its decoder), or a CLIP.
 
     A CLIP (the object, one of OpenAI's names, or a file) is something to start training from: what SegCLIP adds to it is
-    new, at random, and goes before its last two blocks, as in the paper. from_clip=False refuses it.
+    new, at random, and goes before its last two blocks, as in the paper.
     sizes: fields of Config for what the weights do not decide: all that SegCLIP adds to a CLIP; gumbel_tau and mask_ratio
         of a SegCLIP (others are ignored). Raises InputError.
     """
     if isinstance(path_or_clip, CLIP):
         return segclip_from_clip(path_or_clip, "CLIP", sizes)
-    state = read_weights(fetch(path_or_clip) if path_or_clip in DOWNLOADS else path_or_clip)
+    state = read_model(path_or_clip)
+    if is_segclip(state):
+        return segclip_from_state(state, path_or_clip, sizes)
+    return segclip_from_clip(clip_from_state(state, path_or_clip), path_or_clip, sizes)
+
+
+def segclip_from_state(state, source, sizes=()):
     free = {name: sizes[name] for name in ("gumbel_tau", "mask_ratio") if name in sizes}
     if "config" in state and "model" in state:
         try:
             model = SegCLIP(Config(**state["config"] | free))
         except (TypeError, ValueError) as error:
-            raise InputError(f"{path_or_clip}: made by another version of this project ({error})") from None
-        return load_strictly(model, state["model"], path_or_clip)
-    if count_layers(state, "clip.visual.transformer.layers0."):
-        state, first_stage_layers = from_authors(state)
-        model = SegCLIP(dataclasses.replace(segclip_config(state, first_stage_layers, path_or_clip), **free))
-        return load_strictly(model, state, path_or_clip, new=["decoder."])
-    clip = clip_from_state(state, path_or_clip)
-    if not from_clip:
-        raise InputError(f"{path_or_clip}: a CLIP, which has no semantic group module; a trained SegCLIP is needed")
-    return segclip_from_clip(clip, path_or_clip, sizes)
+            raise InputError(f"{source}: made by another version of this project ({error})") from None
+        return load_strictly(model, state["model"], source)
+    state, first_stage_layers = from_authors(state)
+    model = SegCLIP(dataclasses.replace(segclip_config(state, first_stage_layers, source), **free))
+    return load_strictly(model, state, source, new=["decoder."])
 
 
 def segclip_from_clip(clip, source, sizes):

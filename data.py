@@ -92,34 +92,34 @@ THINGS = {
         lambda u, v: u * u + v * v < 60**2,
         ("red", "blue"),
         (250, 250, 245),
-        lambda u, v: (u + 10) // 20 % 2 == 0,
+        lambda u, v: abs(v) < 18,
     ),
     "star": (
-        lambda u, v: ((v < 32) & (v > 2 * abs(u) - 64)) | ((v > -32) & (v < 64 - 2 * abs(u))),
+        lambda u, v: ((v < 36) & (v > 2 * abs(u) - 72)) | ((v > -36) & (v < 72 - 2 * abs(u))),
         ("yellow", "orange"),
         (255, 250, 200),
         lambda u, v: abs(u) + abs(v) < 24,
     ),
     "tree": (
-        lambda u, v: (v < 62) & (v > 2 * abs(u) - 64),
+        lambda u, v: (v < 60) & (v > 2 * abs(u) - 68),
         ("green", "brown"),
         (20, 70, 35),
-        lambda u, v: v // 12 % 2 == 0,
+        lambda u, v: (u // 7 + v // 7) % 2 == 0,
     ),
     "house": (
         lambda u, v: (abs(u) < 46) & (v < 56) & (v > abs(u) * 4 // 5 - 62),
         ("red", "grey"),
         (60, 40, 40),
-        lambda u, v: (v < -24) | ((abs(abs(u) - 22) < 10) & (abs(v - 14) < 14)),
+        lambda u, v: (v < -20) | ((abs(u) < 14) & (v > 12)),
     ),
     "moon": (
-        lambda u, v: (u * u + v * v < 62**2) & ((u - 32) ** 2 + v * v > 46**2),
+        lambda u, v: (u * u + v * v < 62**2) & ((u - 40) ** 2 + v * v > 40**2),
         ("yellow", "grey"),
         (255, 255, 255),
-        lambda u, v: u < -44,
+        lambda u, v: (u // 8 * 3 + v // 8 * 5) % 7 < 2,
     ),
     "donut": (
-        lambda u, v: (u * u + v * v < 62**2) & (u * u + v * v > 24**2),
+        lambda u, v: (u * u + v * v < 62**2) & (u * u + v * v > 20**2),
         ("pink", "brown"),
         (250, 245, 230),
         lambda u, v: (u // 8 * 5 + v // 8 * 3) % 7 < 2,
@@ -131,7 +131,7 @@ THINGS = {
         lambda u, v: (u + 28) ** 2 + (v + 26) ** 2 < 12**2,
     ),
     "fish": (
-        lambda u, v: ((u + 14) ** 2 + 2 * v * v < 48**2) | ((u > 20) & (u < 62) & (abs(v) < u - 16)),
+        lambda u, v: ((u + 14) ** 2 + 3 * v * v // 2 < 48**2) | ((u > 20) & (u < 62) & (abs(v) < u - 10)),
         ("orange", "blue"),
         (40, 40, 60),
         lambda u, v: (u // 8 % 2 == 0) & (v // 6 % 2 == 0),
@@ -188,7 +188,7 @@ class SyntheticScenes:
     def __init__(self, size, seed=0, split="train"):
         self.size, self.split = size, split
         self.key = [seed, ["train", "val", "unseen"].index(split)]
-        self.length = 1_000_000 if split == "train" else 500  # an epoch; there is a scene for every number
+        self.length = 20_000 if split == "train" else 500  # an epoch; there is a scene for every number
         self.y, self.x = np.mgrid[:size, :size]
 
     def __len__(self):
@@ -453,7 +453,8 @@ class Batches:
 class TrainingPairs(torch.utils.data.Dataset):
     """pairs[place, index] is pair `index` of the source, as it is seen at this place of the order of training:
 
-    picture uint8 [H, W, 3] (both image_size), super-patches int [N], token ids [T], and the faults met: (kind, text), ...
+    picture uint8 [H, W, 3] (both image_size), super-patches int [N], token ids [T] (NumPy's, to cross between processes), and
+    the faults met: (kind, text), ...
     `source[i]` is a Sample, or raises a Fault; then the next one stands in, and if many in a row fail, one chosen at random.
     What is seen at a place depends on nothing else: not on who asks, nor when, nor on faults elsewhere. (An InputError is
     returned and not raised, see `raised`.) rule: for patch_labels; None: no superpixels are needed.
@@ -490,7 +491,17 @@ class TrainingPairs(torch.utils.data.Dataset):
         picture, segments = random_resized_crop(sample.picture, segments, size, rng, self.crop_scale)
         superpatch = patch_labels(segments, patch_size, self.rule or "floor")
         text = self.tokenizer(sample.caption, self.text_length)[0]
-        return torch.tensor(picture), torch.tensor(superpatch), text, faults
+        return picture, superpatch, text.numpy(), faults
+
+
+class Prepared(torch.utils.data.Dataset):
+    """The same pairs, each prepared once, by so many processes, and kept. pairs[place, index] is then at any place the same."""
+
+    def __init__(self, pairs, count, workers):
+        self.items = list(raised(in_parallel(pairs, workers, [(i, i) for i in range(count)])))
+
+    def __getitem__(self, key):
+        return self.items[key[1]]
 
 
 def collate(items):
@@ -499,8 +510,9 @@ def collate(items):
         if isinstance(item, InputError):
             return item
     pictures, superpatches, texts, faults = zip(*items)
-    pictures = torch.stack(pictures).permute(0, 3, 1, 2)  # [B, H, W, 3] -> [B, 3, H, W]
-    return pictures, torch.stack(superpatches), torch.stack(texts), [fault for each in faults for fault in each]
+    pictures, superpatches, texts = (torch.from_numpy(np.stack(x)) for x in (pictures, superpatches, texts))
+    pictures = pictures.permute(0, 3, 1, 2)  # [B, H, W, 3] -> [B, 3, H, W]
+    return pictures, superpatches, texts, [fault for each in faults for fault in each]
 
 
 def raised(loader):

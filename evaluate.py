@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
-from clip_loader import InputError, git_revision, load_segclip, load_tokenizer, make_folder, run_program, start_processes
+from clip_loader import InputError, git_revision, load_model, load_tokenizer, make_folder, run_program, start_processes
 from data import (
     BENCHMARKS,
     UNREADABLE,
@@ -591,7 +591,9 @@ def parse_args(argv=None):
     what.add_argument("--seed", type=int, default=0, help="of the synthetic scenes [%(default)s]")
     model = parser.add_argument_group("the model")
     model.add_argument(
-        "--checkpoint", default=DEFAULT_CHECKPOINT, help="one of train.py's, or the authors' segclip.bin [%(default)s]"
+        "--checkpoint",
+        default=DEFAULT_CHECKPOINT,
+        help="one of train.py's, the authors' segclip.bin, or a CLIP, whose patch tokens are then read [%(default)s]",
     )
     model.add_argument("--vocabulary", help="OpenAI's BPE vocabulary, if it is not in the cache and cannot be fetched")
     model.add_argument("--device", help="cpu, cuda, cuda:1, ... [a GPU if there is one]")
@@ -680,7 +682,7 @@ def main(argv=None):
     rank, world, device = start_processes(args.device)
     if args.checkpoint == DEFAULT_CHECKPOINT and not Path(DEFAULT_CHECKPOINT).exists():
         raise InputError(f"{DEFAULT_CHECKPOINT}: not there yet; make it with `python train.py`, or give --checkpoint FILE")
-    model = load_segclip(args.checkpoint, from_clip=False).to(device).eval()
+    model = load_model(args.checkpoint).to(device).eval()
     tokenizer = load_tokenizer(args.checkpoint, args.vocabulary)
     if tokenizer.vocab_size != model.config.vocab_size:
         raise InputError(

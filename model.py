@@ -1,4 +1,4 @@
-"""Every nn.Module of the project: CLIP, and SegCLIP on top of it.
+"""Every nn.Module of the project: CLIP, SegCLIP on top of it, and the CLIP that SegCLIP is compared with.
 
 Read from the top: Attention and Block are what everything is made of; VisionTransformer and CLIP are OpenAI's model
 (Radford et al., 2021) with OpenAI's parameter names; SemanticGroup is the idea of SegCLIP (Luo et al., ICML 2023), and
@@ -470,3 +470,34 @@ class SegCLIP(nn.Module):
         if reconstruct:
             outputs["pixels"], outputs["mask"] = self.reconstruct(image, mask_noise, masked_gumbel_noise)
         return outputs
+
+
+class DenseCLIP(nn.Module):
+    """The baseline: CLIP, trained with its class token, and each patch token read as a region of its own."""
+
+    def __init__(self, clip):
+        super().__init__()
+        self.config, self.clip = clip.config, clip
+
+    def encode_text(self, text):
+        """[B, T] token ids -> [B, E]."""
+        return self.clip.encode_text(text)
+
+    def encode_image(self, image):
+        """[B, 3, H, W] -> ImageEncoding with L = N: the class token's feature, and every patch sent the same way."""
+        x = self.clip.visual.project(self.clip.visual(image))  # [B, 1 + N, E]
+        features, patches = x[:, 0], x[:, 1:]
+        own = torch.eye(patches.shape[1], device=x.device).expand(len(x), -1, -1)  # [B, N, N]
+        return ImageEncoding(features, patches, own, own)
+
+    def draw_noise(self, batch, num_patches, generator=None):
+        """As SegCLIP's; here a step has no randomness."""
+        return {}
+
+    def forward(self, image, text, reconstruct=False):
+        """As SegCLIP's, without what the reconstruction and the superpixel loss need."""
+        return {
+            "image_features": self.clip.encode_image(image),
+            "text_features": self.encode_text(text),
+            "logit_scale": self.clip.logit_scale,
+        }

@@ -33,6 +33,8 @@ from clip_loader import (
     Tokenizer,
     git_revision,
     last_checkpoint,
+    load_clip,
+    load_model,
     load_segclip,
     load_tokenizer,
     make_folder,
@@ -41,9 +43,9 @@ from clip_loader import (
     save_checkpoint,
     start_processes,
 )
-from data import Batches, Fault, TrainingPairs, collate, ignore_signals, normalise, open_pairs, raised
+from data import Batches, Fault, Prepared, TrainingPairs, collate, ignore_signals, normalise, open_pairs, raised
 from losses import contrastive_loss, total_loss
-from model import Block, Config, SegCLIP
+from model import CLIP, Block, Config, DenseCLIP, SegCLIP
 
 # The embedded default. Two parts of the paper's model are left out of it, the cross-attention layers and the blocks after
 # the group module: with either, words end up on the wrong regions (the README has the numbers). They let each region see
@@ -112,6 +114,12 @@ def parse_args(argv=None):
     run = parser.add_argument_group("the run")
     run.add_argument(
         "--recipe", choices=RECIPES, default="small", help="sets the defaults below: the minutes' one or the paper's"
+    )
+    run.add_argument(
+        "--method",
+        choices=("segclip", "clip"),
+        default="segclip",
+        help="clip: the baseline, the same encoder and texts with CLIP's class token and its loss alone [%(default)s]",
     )
     run.add_argument(
         "--data",
@@ -206,14 +214,19 @@ def parse_args(argv=None):
     chooser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
     chooser.add_argument("--recipe", default="small")
     chooser.add_argument("--from-scratch", action="store_true")
+    chooser.add_argument("--method", default="segclip")
     try:
         first = chooser.parse_known_args(argv)[0]
     except argparse.ArgumentError:
-        first = argparse.Namespace(recipe="small", from_scratch=False)  # the parser below says what is wrong
+        first = argparse.Namespace(
+            recipe="small", from_scratch=False, method="segclip"
+        )  # the parser below says what is wrong
     defaults = dict(RECIPES.get(first.recipe, {}))
     length = {name: defaults.pop(name, None) for name in ("steps", "epochs")}
     if first.from_scratch:
         defaults |= {"init": None, "freeze": False, "clip_lr": None}
+    if first.method == "clip":
+        defaults |= {"output": "runs/clip", "reconstruction_weight": 0.0, "superpixel_weight": 0.0}
     parser.set_defaults(**defaults)
     args = parser.parse_args(argv)
     if args.steps is None and args.epochs is None:
@@ -241,6 +254,8 @@ def check(args, world):
         raise InputError(f"--recipe {args.recipe} needs --data")
     if args.from_scratch and args.init:
         raise InputError("--from-scratch or --init, not both")
+    if args.method == "clip" and (args.reconstruction_weight or args.superpixel_weight):
+        raise InputError("--method clip has the contrastive loss alone: no --reconstruction-weight, no --superpixel-weight")
 
 
 def check_resumed(state, args, path):
@@ -274,10 +289,12 @@ def choose_sizes(args):
 
 
 def build_model(args, vocab_size):
-    """SegCLIP, from --init or from scratch. Raises InputError for sizes that do not fit together, or not the weights."""
+    """--method's model, from --init or from scratch. Raises InputError for sizes that do not fit together, or the weights."""
     sizes = choose_sizes(args) | {"vocab_size": vocab_size}
     try:
-        if args.init is None:
+        if args.method == "clip":
+            model = DenseCLIP(load_clip(args.init) if args.init else CLIP(Config(**sizes)))
+        elif args.init is None:
             model = SegCLIP(Config(**sizes))
         else:
             model = load_segclip(args.init, **{name: sizes[name] for name in ADDED})
@@ -299,7 +316,7 @@ def open_run(args, resumed, resumed_path, rank, world):
     )
     if resumed:
         check_resumed(resumed, args, resumed_path)
-        model = load_segclip(resumed_path)
+        model = load_model(resumed_path)
         return Tokenizer(resumed["merges"]), model, open_data(model.config)
     if args.init:
         if args.init not in MODELS and not Path(args.init).is_file():
@@ -317,7 +334,7 @@ def freeze(model, args):
     for name, parameter in model.named_parameters():
         if args.freeze and name.startswith(FROZEN):
             parameter.requires_grad_(False)
-    if not args.reconstruction_weight:
+    if args.method == "segclip" and not args.reconstruction_weight:
         for part in (model.reconstruction_layer, model.reconstruction_blocks, model.decoder):
             part.requires_grad_(False)
 
@@ -326,11 +343,12 @@ def parameter_groups(model, args):
     """What is trained, by peak learning rate and weight decay (for AdamW), as Section 3.2 says.
 
     --clip-lr is for CLIP's text encoder, temperature and image blocks before the group module. All else has --lr: what
-    SegCLIP adds, and what comes after it in the image encoder, pre-trained or not.
+    SegCLIP adds, and what comes after it in the image encoder, pre-trained or not. (With --method clip nothing does.)
     """
-    config, visual = model.config, "clip.visual."
-    late = [f"{visual}transformer.resblocks.{i}." for i in range(config.first_stage_layers, config.vision_layers)]
-    late = (*late, f"{visual}ln_post.", f"{visual}proj")
+    config, visual, late = model.config, "clip.visual.", ()
+    if args.method == "segclip":
+        late = [f"{visual}transformer.resblocks.{i}." for i in range(config.first_stage_layers, config.vision_layers)]
+        late = (*late, f"{visual}ln_post.", f"{visual}proj")
     clip_lr = args.lr if args.clip_lr is None else args.clip_lr
     groups = {}
     for name, parameter in model.named_parameters():
@@ -542,8 +560,6 @@ def main(argv=None):
         args.precision = "bf16" if known else "fp16"
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what is not in half precision
-    if device.type == "cpu" and world == 1 and args.workers:  # threads that fight the workers for cores cost a third
-        torch.set_num_threads(max(1, min(torch.get_num_threads(), (os.cpu_count() or 1) - args.workers)))
 
     output = Path(args.output)
     path = output / "checkpoint.pt"
@@ -586,11 +602,17 @@ def main(argv=None):
     rows = slice(rank * share, (rank + 1) * share)
     pairs = torch.utils.data.ConcatDataset(sources)
     rule = args.superpatch if args.superpixel_weight else None
-    pairs = TrainingPairs(pairs, tokenizer, config, args.crop_scale, args.seed, args.text_length, rule)
+    pairs, workers = TrainingPairs(pairs, tokenizer, config, args.crop_scale, args.seed, args.text_length, rule), args.workers
+    if worth_preparing(args, sum(lengths), config) and start < args.steps:
+        if rank == 0:
+            print(f"preparing {sum(lengths):,} pairs once, since they are few enough to be kept", flush=True)
+        pairs, workers = Prepared(pairs, sum(lengths), workers), 0
+    if device.type == "cpu" and world == 1 and workers:  # threads that fight the workers for cores cost a third
+        torch.set_num_threads(max(1, min(torch.get_num_threads(), (os.cpu_count() or 1) - workers)))
     loader = DataLoader(
         pairs,
         batch_sampler=Batches(lengths, args.seed, args.batch_size, rows, range(start, args.steps)),
-        num_workers=args.workers,
+        num_workers=workers,
         collate_fn=collate,
         pin_memory=device.type == "cuda",
         worker_init_fn=ignore_signals,
@@ -657,6 +679,13 @@ def main(argv=None):
             print(watch.count_faults(done))
         stopped = f"; stopped at step {done} of {args.steps}: --resume goes on" if done < args.steps else ""
         print(f"wrote {path}{stopped}" if done > start or not resumed else f"{path}: all {done} steps are done already")
+
+
+def worth_preparing(args, num_pairs, config):
+    """Whether to prepare all pairs before the first step and keep them: each is seen more than once, none is cropped at
+    random, and their pictures fit into 1 GiB."""
+    often = num_pairs < args.steps * args.batch_size
+    return often and args.crop_scale == 1 and 3 * num_pairs * config.image_size**2 < 2**30
 
 
 def open_log(output, resumed_step):

@@ -9,9 +9,18 @@ import pytest
 import torch
 
 import clip_loader
-from clip_loader import InputError, Tokenizer, load_clip, load_segclip, load_tokenizer, read_weights, save_checkpoint
+from clip_loader import (
+    InputError,
+    Tokenizer,
+    load_clip,
+    load_model,
+    load_segclip,
+    load_tokenizer,
+    read_weights,
+    save_checkpoint,
+)
 from conftest import TINY, assert_one_line, rebuild_weights
-from model import CLIP, SegCLIP
+from model import CLIP, DenseCLIP, SegCLIP
 
 
 def assert_same_weights(a, b):
@@ -186,9 +195,21 @@ def test_a_clip_to_start_from(tiny_clip, tmp_path, capsys):
         report = capsys.readouterr().err
         assert report.count("\n") == 1 and all(f"{part}." in report for part in ("group", "reconstruction_layer", "decoder"))
     assert model.config.first_stage_layers == TINY.vision_layers - 2
+
+
+def test_what_is_in_a_file_decides_how_it_is_read(tiny, tiny_clip, tmp_path):
+    torch.save(openai_state(tiny_clip), tmp_path / "clip.pt")
+    save_checkpoint(tmp_path / "dense.pt", DenseCLIP(tiny_clip))
+    save_checkpoint(tmp_path / "segclip.pt", tiny)
+    for name in ("clip.pt", "dense.pt"):
+        dense = load_model(tmp_path / name)
+        assert isinstance(dense, DenseCLIP)
+        for clip in (dense.clip, load_clip(tmp_path / name), load_segclip(tmp_path / name).clip):
+            assert_same_weights(clip, tiny_clip)
+    assert_same_weights(load_model(tmp_path / "segclip.pt"), tiny)
     with pytest.raises(InputError) as error:
-        load_segclip(tmp_path / "clip.pt", from_clip=False)
-    assert_one_line(error, tmp_path / "clip.pt", "no semantic group module")
+        load_clip(tmp_path / "segclip.pt")
+    assert_one_line(error, tmp_path / "segclip.pt", "a SegCLIP")
 
 
 def test_the_authors_checkpoint_with_and_without_decoder(tmp_path, capsys):
@@ -277,7 +298,7 @@ def test_a_file_that_is_no_checkpoint(kind, tiny_clip, tmp_path):
         torch.save(openai_state(tiny_clip) | {"visual.conv1.weight": torch.zeros(100)}, path)
     elif kind == "no_tensor":
         torch.save(openai_state(tiny_clip) | {"visual.proj": 3}, path)
-    for load in (load_clip, load_segclip):
+    for load in (load_clip, load_segclip, load_model):
         with pytest.raises(InputError) as error:
             load(path)
         assert_one_line(error, path)

@@ -81,7 +81,7 @@ def training(source, **options):
 
 
 def assert_same_pair(one, other):
-    assert all(torch.equal(a, b) for a, b in zip(one[:3], other[:3]))
+    assert all((a == b).all() for a, b in zip(one[:3], other[:3]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -124,7 +124,7 @@ def test_a_pair_is_the_same_whoever_asks():
     forward, backward = [training(source)[i, 7] for i in (0, 1, 2)], [training(source)[i, 7] for i in (2, 1, 0)][::-1]
     for one, other in zip(forward, backward):
         assert_same_pair(one, other)
-    assert not torch.equal(forward[0][0], forward[1][0])  # elsewhere in the order it has another crop
+    assert (forward[0][0] != forward[1][0]).any()  # elsewhere in the order it has another crop
     picture, superpatch, text, faults = collate(forward)
     assert picture.shape == (3, 3, 32, 32) and picture.dtype == torch.uint8
     assert superpatch.shape == (3, 16) and text.shape == (3, 12) and faults == []
@@ -196,8 +196,8 @@ def test_coco_captions_and_karpathys_split(pictures, tmp_path):
 def test_kinds_of_data_mix(pictures, shards, tmp_path):
     write_table(tmp_path / "pairs.csv", [(f"pictures/{i}.jpg", f"row {i}") for i in range(6)])
     source = open_all(shards / "{00000..00002}.tar", "synthetic", tmp_path / "pairs.csv")
-    assert len(source) == 24 + 1_000_000 + 6
-    assert source[23].caption == caption(23) and source[24 + 1_000_000].caption.startswith("row")
+    assert len(source) == 24 + 20_000 + 6
+    assert source[23].caption == caption(23) and source[24 + 20_000].caption.startswith("row")
 
 
 @pytest.mark.parametrize(

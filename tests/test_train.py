@@ -1,5 +1,6 @@
 """Training: it learns, it can be interrupted, and two processes do what one does."""
 
+import dataclasses
 import gzip
 import io
 import json
@@ -16,8 +17,9 @@ import skimage.data
 import torch
 from PIL import Image
 
+import data
 import train
-from clip_loader import InputError, load_segclip, load_tokenizer, read_weights
+from clip_loader import InputError, load_model, load_segclip, load_tokenizer, read_weights
 from conftest import GOLDEN, TINY, recorder
 from data import SyntheticScenes, TrainingPairs, collate, normalise
 from losses import contrastive_loss
@@ -443,6 +445,7 @@ def test_losses_that_are_left_out(tmp_path):
         ("--text-length 99", "text-length"),
         ("--accumulate 3", "3 chunks"),
         ("--epochs 1", "--steps or --epochs"),
+        ("--method clip --superpixel-weight 1", "--method clip"),
         ("--data nowhere.tar", "nowhere.tar"),
         ("--eval-every 1 --evaluate=--stride=999", "--stride 999"),
     ],
@@ -504,7 +507,7 @@ def clip_file(tmp_path):
 
 
 PAPER = (
-    "--recipe paper --data synthetic --device cpu --precision fp32 --workers 0 --epochs 0.00005 --batch-size 8 --log-every 1"
+    "--recipe paper --data synthetic --device cpu --precision fp32 --workers 0 --epochs 0.0025 --batch-size 8 --log-every 1"
 )
 PAPER_NEW = "--first-stage-layers 2 --num-centers 4 --cross-layers 1 --decoder-layers 1 --text-length 10"
 
@@ -565,6 +568,42 @@ def test_sizes_that_are_not_those_of_the_weights(tmp_path, clip_file):
         paper(tmp_path / "run", clip_file, "--patch-size", "16")
     with pytest.raises(InputError, match="first_stage_layers"):
         paper(tmp_path / "run", clip_file, "--first-stage-layers", "7")
+
+
+def test_the_baseline_trains_scores_and_is_a_start(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(data, "superpixels", None)  # it needs none
+    whole = run(tmp_path / "clip", "--method", "clip", "--save-every", "3")
+    assert {name.split(".")[0] for name in whole["model"]} == {"clip"} and log_of(tmp_path / "clip")[-1].keys() >= {"con"}
+    os.replace(tmp_path / "clip/checkpoint.1.pt", tmp_path / "clip/checkpoint.pt")
+    assert_equal(run(tmp_path / "clip", "--method", "clip", "--save-every", "3", "--resume")["model"], whole["model"])
+    model = load_model(tmp_path / "clip/checkpoint.pt").eval()
+    picture = normalise(torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8))
+    encoding = model.encode_image(picture)
+    torch.testing.assert_close(encoding.features, model.clip.encode_image(picture))
+    torch.testing.assert_close(encoding.regions, model.clip.encode_patches(picture))
+    train.evaluate.main(["--checkpoint", str(tmp_path / "clip/checkpoint.pt"), "--limit", "3", "--workers", "0", "--analyse"])
+    assert "over 3 pictures" in capsys.readouterr().out
+    monkeypatch.undo()
+    start = run(tmp_path / "segclip", "--init", str(tmp_path / "clip/checkpoint.pt"), "--steps", "0")
+    assert_equal(whole["model"], {name: start["model"][name] for name in whole["model"]})
+    assert start["config"]["num_centers"] == 6 and start["merges"] == whole["merges"]
+
+
+def test_pairs_that_are_prepared_once_change_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(SyntheticScenes, "__len__", lambda self: 30)
+    once = run(tmp_path / "once", "--workers", "1")
+    monkeypatch.setattr(train, "worth_preparing", lambda *args: False)
+    torch.set_num_threads(THREADS)
+    assert_equal(run(tmp_path / "anew")["model"], once["model"])
+
+
+def test_what_is_worth_preparing(tmp_path):
+    args, config = train.parse_args(["--steps", "100", "--batch-size", "10"]), train.SMALL
+    assert train.worth_preparing(args, 999, config) and not train.worth_preparing(args, 1000, config)
+    args.crop_scale = 0.9
+    assert not train.worth_preparing(args, 999, config)
+    args.crop_scale, config = 1.0, dataclasses.replace(config, image_size=800)
+    assert not train.worth_preparing(args, 999, config)
 
 
 def test_a_run_can_start_from_a_segclip(tmp_path):

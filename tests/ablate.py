@@ -1,0 +1,158 @@
+"""The paper's ablations on synthetic scenes: what each part of the method does to the small default.
+
+python tests/ablate.py          an hour on two cores; stopped, the same command goes on
+
+Each row is `python train.py` with other flags, shorter than the default, scored by `python evaluate.py --analyse`; the seed
+decides the scenes, their order, the new weights and all noise. Runs lie in runs/ablation/ROW/SEED.
+"""
+
+import argparse
+import contextlib
+import functools
+import json
+import multiprocessing
+import os
+import shutil
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import evaluate
+import train
+from data import SyntheticScenes, superpixels
+
+CLIP = "clip"  # the row that others start from
+ROWS = {  # name: (what, flags of train.py, flags of evaluate.py, the paper's mIoU on VOC, Context and COCO)
+    "default": ("the default: both losses, 16 centers, no cross-attention", "", "", ""),
+    CLIP: ("the same encoder trained as CLIP, patch tokens read densely", "--method clip", "", ""),
+    "con": (
+        "**Table 1**: contrastive loss alone",
+        "--reconstruction-weight 0 --superpixel-weight 0",
+        "",
+        "47.95, 23.43, 24.86",
+    ),
+    "con-rec": ("with reconstruction", "--superpixel-weight 0", "", "49.14, 24.35, 25.52"),
+    "con-sup": ("with superpixels", "--reconstruction-weight 0", "", "48.49, 24.15, 25.93"),
+    "after-1": (
+        "**Table 2**: group module after block 1 of 2",
+        "--first-stage-layers 1",
+        "",
+        "after 8 of 12: 43.75, 22.71, 21.40",
+    ),
+    "after-0": ("before both blocks", "--first-stage-layers 0", "", "after 6 of 12: 35.28, 19.28, 16.73"),
+    "centers-4": ("4 centers", "--num-centers 4", "", "6: 47.03, 23.36, 24.85"),
+    "centers-8": ("8 centers", "--num-centers 8", "", "8: 47.95, 23.43, 24.86"),
+    "centers-32": ("32 centers", "--num-centers 32", "", "10: 44.89, 23.46, 24.74"),
+    "cross-1": (
+        "**Table 3**: 1 cross-attention layer",
+        "--cross-layers 1",
+        "",
+        "47.63, 23.29, 24.21 (none: 44.44, 22.28, 22.11)",
+    ),
+    "cross-2": ("2 layers", "--cross-layers 2", "", "47.95, 23.43, 24.86"),
+    "init": (
+        "**Table 4**: from that CLIP's weights",
+        "--init {clip}",
+        "",
+        "52.6, 24.7, 26.5 (from scratch: 33.3, 19.1, 15.2)",
+    ),
+    "init-cross-2": ("from them, 2 cross-attention layers", "--init {clip} --cross-layers 2", "", ""),
+    "init-after-1": ("from them, group module after block 1 of 2", "--init {clip} --first-stage-layers 1", "", ""),
+    "majority": ("**Not the paper's**: a patch joins the superpixel that most of it has", "--superpatch majority", "", ""),
+    "sup-1/L": ("superpixel loss divided by L, as in the authors' program", "--superpixel-weight 0.0625", "", ""),
+    "no-top-k": ("the default, scored without the authors' top five words", None, "--top-k 14", ""),
+}
+COLUMNS = ("mIoU", "names perfect", "purity", "named right", "captions")  # what evaluate.py --analyse says, by these words
+
+
+class SegmentedScenes(SyntheticScenes):
+    """Scenes that keep their superpixels, since many runs see the same."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.samples = [self.segmented(i) for i in range(len(self))]
+
+    def segmented(self, index):
+        sample = super().__getitem__(index)
+        segments = superpixels(sample.picture, train.SMALL.image_size, train.SMALL.patch_size)
+        return sample._replace(segments=segments.astype("uint8"), label=None)
+
+    def __getitem__(self, index):
+        return self.samples[index]
+
+
+@functools.lru_cache(maxsize=1)
+def open_scenes(seed):
+    return [SegmentedScenes(train.SMALL.image_size, seed)]
+
+
+def run(job):
+    """Train and score one row with one seed, unless that was done -> what to say of it."""
+    name, seed, steps, output = job
+    folder, start = output / name.replace("/", "-") / str(seed), time.time()
+    _, flags, scoring, _ = ROWS[name]
+    if (folder / "metrics.json").exists():
+        return f"{name}, seed {seed}: done before"
+    train.open_pairs = lambda *args, seed, **options: open_scenes(seed)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    checkpoint = output / "default" / str(seed) / "checkpoint.pt" if flags is None else folder / "checkpoint.pt"
+    with open(folder / "output.txt", "w") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+        if flags is not None:
+            flags = flags.format(clip=output / CLIP / str(seed) / "checkpoint.pt").split()
+            fixed = ["--steps", str(steps), "--seed", str(seed), "--output", str(folder), "--workers", "0"]
+            train.main([*flags, *fixed])
+        evaluate.main(
+            ["--checkpoint", str(checkpoint), "--output", str(folder), "--analyse", "--workers", "0", *scoring.split()]
+        )
+    return f"{name}, seed {seed}: {100 * read(folder)['mIoU']:.2f} % in {time.time() - start:.0f} s"
+
+
+def read(folder):
+    """The COLUMNS of a run: {column: fraction}."""
+    metrics = json.loads((folder / "metrics.json").read_text())
+    analysis = metrics["analysis"]
+    found = {column: next((v for text, v in analysis.items() if column in text), None) for column in COLUMNS[1:]}
+    return {"mIoU": metrics["mIoU"], **found}
+
+
+def table(output, rows, seeds):
+    """Markdown: of each row the mean over the seeds, and of the mIoU the standard deviation."""
+    print(f"| | {' | '.join(COLUMNS)} | in the paper: VOC, Context, COCO |\n|---|{'---|' * len(COLUMNS)}---|")
+    for name in rows:
+        what, _, _, paper = ROWS[name]
+        results = [read(output / name.replace("/", "-") / str(seed)) for seed in seeds]
+        cells = []
+        for column in COLUMNS:
+            values = [100 * result[column] for result in results]
+            spread = f" ± {statistics.stdev(values):.1f}" if column == "mIoU" and len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.1f}{spread}")
+        print(f"| {what} | {' | '.join(cells)} | {paper} |")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--steps", type=int, default=600, help="of each run [%(default)s]")
+    parser.add_argument("--seeds", type=int, default=3, help="how many [%(default)s]")
+    parser.add_argument(
+        "--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help=f"some of: {', '.join(ROWS)}"
+    )
+    parser.add_argument("--output", type=Path, default=Path("runs/ablation"), help="folder [%(default)s]")
+    args = parser.parse_args()
+    seeds = range(args.seeds)
+    first = [name for name in ("default", CLIP) if name in args.rows]  # of which others need the checkpoint
+    with multiprocessing.get_context("spawn").Pool(os.cpu_count(), torch.set_num_threads, [1]) as pool:
+        for names in (first, [name for name in args.rows if name not in first]):
+            jobs = [(name, seed, args.steps, args.output) for seed in seeds for name in names]
+            for line in pool.imap_unordered(run, jobs):
+                print(line, file=sys.stderr, flush=True)
+    table(args.output, args.rows, seeds)
+
+
+if __name__ == "__main__":
+    main()
