@@ -171,7 +171,6 @@ CAPTIONS = [  # most of them name everything,
     "{things}, and behind it only {grounds}",
     # and some only one thing or ground, as people do; without these a word alone would be a text never seen.
     "a photo of {one}.",
-    "we see {one} here",
 ]
 
 
@@ -188,7 +187,7 @@ class SyntheticScenes:
     def __init__(self, size, seed=0, split="train"):
         self.size, self.split = size, split
         self.key = [seed, ["train", "val", "unseen"].index(split)]
-        self.length = 20_000 if split == "train" else 500  # an epoch; there is a scene for every number
+        self.length = 12_000 if split == "train" else 500  # an epoch; there is a scene for every number
         self.y, self.x = np.mgrid[:size, :size]
 
     def __len__(self):
@@ -254,7 +253,7 @@ class SyntheticScenes:
         cx, cy = (size // 4 + half * size // 2 + rng.randint(-size // 10, size // 10 + 1) for half in (place % 2, place // 2))
         if alone:
             cx, cy = rng.randint(size // 4, size * 3 // 4 + 1, 2)
-        radius = rng.randint(size * 17, size * (28 if alone else 24)) // 60
+        radius = rng.randint(size * 18, size * (30 if alone else 25)) // 60
         angle = rng.randint(-30, 31) * math.pi / 180
         # Rounded to integers, so that no machine's sine decides a pixel.
         c, s = round(1024 * math.cos(angle)), round(1024 * math.sin(angle))

@@ -507,7 +507,7 @@ def clip_file(tmp_path):
 
 
 PAPER = (
-    "--recipe paper --data synthetic --device cpu --precision fp32 --workers 0 --epochs 0.0025 --batch-size 8 --log-every 1"
+    "--recipe paper --data synthetic --device cpu --precision fp32 --workers 0 --epochs 0.004167 --batch-size 8 --log-every 1"
 )
 PAPER_NEW = "--first-stage-layers 2 --num-centers 4 --cross-layers 1 --decoder-layers 1 --text-length 10"
 
