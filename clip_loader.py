@@ -442,30 +442,39 @@ def clip_config(state, source):
 
 
 def read_model(name_or_path):
-    """What is in the file of one of OpenAI's models ("ViT-B/16"), or in any other: see read_weights."""
-    return read_weights(fetch(name_or_path) if name_or_path in DOWNLOADS else name_or_path)
+    """-> the weights in the file of one of OpenAI's models ("ViT-B/16"), or in any other; and the Config, if it is a
+    checkpoint of ours, else None. Raises InputError."""
+    state, config = read_weights(fetch(name_or_path) if name_or_path in DOWNLOADS else name_or_path), None
+    if {"config", "model"} <= state.keys():
+        try:
+            state, config = state["model"], Config(**state["config"])
+        except (TypeError, ValueError) as error:
+            raise InputError(f"{name_or_path}: made by another version of this project ({error})") from None
+    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+        raise InputError(f"{name_or_path}: not a checkpoint: it has no parameters with names")
+    return state, config
 
 
 def is_segclip(state):
-    """Whether there is a semantic group module: in one of our checkpoints, or in the authors'."""
-    names = state["model"] if isinstance(state.get("model"), dict) else state
-    return any(str(name).startswith(("group.", "clip.visual.transformer.semantic_layer2.")) for name in names)
+    """Whether there is a semantic group module, by our name or by the authors'."""
+    return any(name.startswith(("group.", "clip.visual.transformer.semantic_layer2.")) for name in state)
 
 
 def load_clip(name_or_path):
     """-> CLIP in float32: one of OpenAI's by name ("ViT-B/16"), or from a file: their TorchScript archive, a state dict, or
     a checkpoint of `train.py --method clip`. Raises InputError."""
-    return clip_from_state(read_model(name_or_path), name_or_path)
+    state, config = read_model(name_or_path)
+    return clip_from_state(state, name_or_path, config)
 
 
-def clip_from_state(state, source):
+def clip_from_state(state, source, config=None):
     if is_segclip(state):
         raise InputError(f"{source}: a SegCLIP, where a CLIP is needed")
-    if "config" in state and "model" in state:
-        state = {name.removeprefix("clip."): tensor for name, tensor in state["model"].items()}
+    if config:
+        state = {name.removeprefix("clip."): tensor for name, tensor in state.items()}
     sizes = ("input_resolution", "context_length", "vocab_size")  # in OpenAI's archives; the shapes tell the same
     state = {name: tensor for name, tensor in state.items() if name not in sizes}
-    return load_strictly(CLIP(clip_config(state, source)), state, source)
+    return load_strictly(CLIP(config or clip_config(state, source)), state, source)
 
 
 # The authors' names and ours, in the order in which they are replaced.
@@ -513,7 +522,7 @@ def segclip_config(state, first_stage_layers, source):
     """The architecture, from the shapes in a SegCLIP state dict; what no shape tells keeps the paper's value."""
     clip = {name.removeprefix("clip."): tensor for name, tensor in state.items() if name.startswith("clip.")}
     if "group.centers" not in state:
-        raise InputError(f"{source}: not a SegCLIP: no semantic group module")
+        raise InputError(f"{source}: not a whole SegCLIP: its group module has no centers")
     return dataclasses.replace(
         clip_config(clip, source),
         first_stage_layers=first_stage_layers,
@@ -524,9 +533,11 @@ def segclip_config(state, first_stage_layers, source):
 
 
 def load_model(name_or_path):
-    """What can label pictures, from any file: a SegCLIP, or a CLIP read densely. Raises InputError."""
-    state = read_model(name_or_path)
-    return segclip_from_state(state, name_or_path) if is_segclip(state) else DenseCLIP(clip_from_state(state, name_or_path))
+    """What can label pictures, from any file: a SegCLIP, or a CLIP, whose patch tokens are then read. Raises InputError."""
+    state, config = read_model(name_or_path)
+    if is_segclip(state):
+        return segclip_from_state(state, name_or_path, config)
+    return DenseCLIP(clip_from_state(state, name_or_path, config))
 
 
 def load_segclip(path_or_clip, **sizes):
@@ -539,20 +550,16 @@ def load_segclip(path_or_clip, **sizes):
     """
     if isinstance(path_or_clip, CLIP):
         return segclip_from_clip(path_or_clip, "CLIP", sizes)
-    state = read_model(path_or_clip)
+    state, config = read_model(path_or_clip)
     if is_segclip(state):
-        return segclip_from_state(state, path_or_clip, sizes)
-    return segclip_from_clip(clip_from_state(state, path_or_clip), path_or_clip, sizes)
+        return segclip_from_state(state, path_or_clip, config, sizes)
+    return segclip_from_clip(clip_from_state(state, path_or_clip, config), path_or_clip, sizes)
 
 
-def segclip_from_state(state, source, sizes=()):
+def segclip_from_state(state, source, config=None, sizes=()):
     free = {name: sizes[name] for name in ("gumbel_tau", "mask_ratio") if name in sizes}
-    if "config" in state and "model" in state:
-        try:
-            model = SegCLIP(Config(**state["config"] | free))
-        except (TypeError, ValueError) as error:
-            raise InputError(f"{source}: made by another version of this project ({error})") from None
-        return load_strictly(model, state["model"], source)
+    if config:
+        return load_strictly(SegCLIP(dataclasses.replace(config, **free)), state, source)
     state, first_stage_layers = from_authors(state)
     model = SegCLIP(dataclasses.replace(segclip_config(state, first_stage_layers, source), **free))
     return load_strictly(model, state, source, new=["decoder."])
@@ -565,7 +572,7 @@ def segclip_from_clip(clip, source, sizes):
 
 
 def save_checkpoint(path, model, keep=1, **others):
-    """Write a checkpoint that load_segclip reads. Atomic: `path` holds the old one or the new one, never a part.
+    """Write a checkpoint that load_model reads. Atomic: `path` holds the old one or the new one, never a part.
 
     The `keep` last ones are kept: checkpoint.pt, before it checkpoint.1.pt, and so on.
     `others` are entries beside the model's: tensors, numbers, strings, lists and dictionaries of those.

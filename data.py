@@ -494,7 +494,7 @@ class TrainingPairs(torch.utils.data.Dataset):
 
 
 class Prepared(torch.utils.data.Dataset):
-    """The same pairs, each prepared once, by so many processes, and kept. pairs[place, index] is then at any place the same."""
+    """Pairs of which nothing is random, each prepared once, by so many processes, and kept: [place, index] as before."""
 
     def __init__(self, pairs, count, workers):
         self.items = list(raised(in_parallel(pairs, workers, [(i, i) for i in range(count)])))

@@ -25,7 +25,17 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
-from clip_loader import InputError, git_revision, load_model, load_tokenizer, make_folder, run_program, start_processes
+from clip_loader import (
+    MODELS,
+    InputError,
+    fetch,
+    git_revision,
+    load_model,
+    load_tokenizer,
+    make_folder,
+    run_program,
+    start_processes,
+)
 from data import (
     BENCHMARKS,
     UNREADABLE,
@@ -230,7 +240,9 @@ def add_background(scores, threshold):
 def pixel_regions(encoding, window, grid):
     """The region of each pixel: -> [B, window, window]."""
     soft = encoding.soft.float().transpose(1, 2).unflatten(2, grid)  # [B, N, L] -> [B, L, H/P, W/P]
-    return F.interpolate(soft, (window, window), mode="bilinear", align_corners=False).argmax(dim=1)
+    # One by one, since L may be as large as N.
+    large = (F.interpolate(one[None], (window, window), mode="bilinear", align_corners=False) for one in soft)
+    return torch.cat([one.argmax(dim=1) for one in large])
 
 
 def window_scores(encoding, text, owner, scale, settings):
@@ -593,7 +605,8 @@ def parse_args(argv=None):
     model.add_argument(
         "--checkpoint",
         default=DEFAULT_CHECKPOINT,
-        help="one of train.py's, the authors' segclip.bin, or a CLIP, whose patch tokens are then read [%(default)s]",
+        help="one of train.py's, the authors' segclip.bin, or a CLIP (a file, ViT-B/16, ...), whose patch tokens are then read "
+        "[%(default)s]",
     )
     model.add_argument("--vocabulary", help="OpenAI's BPE vocabulary, if it is not in the cache and cannot be fetched")
     model.add_argument("--device", help="cpu, cuda, cuda:1, ... [a GPU if there is one]")
@@ -682,13 +695,14 @@ def main(argv=None):
     rank, world, device = start_processes(args.device)
     if args.checkpoint == DEFAULT_CHECKPOINT and not Path(DEFAULT_CHECKPOINT).exists():
         raise InputError(f"{DEFAULT_CHECKPOINT}: not there yet; make it with `python train.py`, or give --checkpoint FILE")
-    model = load_model(args.checkpoint).to(device).eval()
-    tokenizer = load_tokenizer(args.checkpoint, args.vocabulary)
+    path = fetch(args.checkpoint) if args.checkpoint in MODELS else args.checkpoint
+    model = load_model(path).to(device).eval()
+    tokenizer = load_tokenizer(path, args.vocabulary)
     if tokenizer.vocab_size != model.config.vocab_size:
         raise InputError(
             f"{args.checkpoint}: made for {model.config.vocab_size} tokens, but the vocabulary has {tokenizer.vocab_size}"
         )
-    sha256 = hashlib.sha256(Path(args.checkpoint).read_bytes()).hexdigest()
+    sha256 = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     metrics = evaluate(args, model, tokenizer, rank, world, {"checkpoint": str(args.checkpoint), "checkpoint_sha256": sha256})
     if rank == 0 and metrics:
         report(metrics)
@@ -716,7 +730,8 @@ def evaluate(args, model, tokenizer, rank, world, origin):
     words = ["background", *dataset.words] if has_background else dataset.words
     # Scores on scenes belong to one run of training; each has a folder already.
     kind = kind_of(args)
-    beside = {"synthetic": Path(args.checkpoint).parent, "synthetic-unseen": Path(args.checkpoint).parent / "unseen"}
+    home = Path("runs", args.checkpoint.replace("/", "-")) if args.checkpoint in MODELS else Path(args.checkpoint).parent
+    beside = {"synthetic": home, "synthetic-unseen": home / "unseen"}
     output = Path(args.output or beside.get(kind, f"runs/{kind}"))
     make_folder(output)
 

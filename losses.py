@@ -79,7 +79,7 @@ def reconstruction_loss(pixels, image, mask):
 
 
 def total_loss(outputs, image, superpatch, reconstruction_weight=1.0, superpixel_weight=1.0, con=None):
-    """L_con + L_rec + L_sup (Eq. 7) of what SegCLIP's forward returns -> (total, {name: part before its weight}).
+    """L_con + L_rec + L_sup (Eq. 7) of what a model's forward returns -> (total, {name: part before its weight}).
 
     con: the contrastive loss, if these rows are a part of a batch, and so cannot tell it.
     """

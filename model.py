@@ -473,7 +473,10 @@ class SegCLIP(nn.Module):
 
 
 class DenseCLIP(nn.Module):
-    """The baseline: CLIP, trained with its class token, and each patch token read as a region of its own."""
+    """The baseline: CLIP, trained with its class token, and each patch token read as a region of its own.
+
+    A pixel has the label of its patch: between patches nothing is interpolated.
+    """
 
     def __init__(self, clip):
         super().__init__()

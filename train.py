@@ -1,4 +1,4 @@
-"""Train SegCLIP on image-text pairs: contrastive, reconstruction and superpixel losses.
+"""Train SegCLIP on image-text pairs: contrastive, reconstruction and superpixel losses; or CLIP, to compare with.
 
 python train.py                          a small model from scratch on synthetic scenes, minutes on two CPU cores
 python train.py --recipe paper --data "cc3m/{00000..00331}.tar" dataset_coco.json=coco
@@ -43,7 +43,18 @@ from clip_loader import (
     save_checkpoint,
     start_processes,
 )
-from data import Batches, Fault, Prepared, TrainingPairs, collate, ignore_signals, normalise, open_pairs, raised
+from data import (
+    Batches,
+    Fault,
+    Prepared,
+    SyntheticScenes,
+    TrainingPairs,
+    collate,
+    ignore_signals,
+    normalise,
+    open_pairs,
+    raised,
+)
 from losses import contrastive_loss, total_loss
 from model import CLIP, Block, Config, DenseCLIP, SegCLIP
 
@@ -218,15 +229,14 @@ def parse_args(argv=None):
     try:
         first = chooser.parse_known_args(argv)[0]
     except argparse.ArgumentError:
-        first = argparse.Namespace(
-            recipe="small", from_scratch=False, method="segclip"
-        )  # the parser below says what is wrong
+        first = chooser.parse_args([])  # the parser below says what is wrong
     defaults = dict(RECIPES.get(first.recipe, {}))
     length = {name: defaults.pop(name, None) for name in ("steps", "epochs")}
     if first.from_scratch:
         defaults |= {"init": None, "freeze": False, "clip_lr": None}
     if first.method == "clip":
-        defaults |= {"output": "runs/clip", "reconstruction_weight": 0.0, "superpixel_weight": 0.0}
+        lr = defaults.get("clip_lr") or defaults["lr"]  # all that it trains is CLIP's
+        defaults |= {"output": "runs/clip", "lr": lr, "clip_lr": None, "reconstruction_weight": 0.0, "superpixel_weight": 0.0}
     parser.set_defaults(**defaults)
     args = parser.parse_args(argv)
     if args.steps is None and args.epochs is None:
@@ -254,8 +264,10 @@ def check(args, world):
         raise InputError(f"--recipe {args.recipe} needs --data")
     if args.from_scratch and args.init:
         raise InputError("--from-scratch or --init, not both")
-    if args.method == "clip" and (args.reconstruction_weight or args.superpixel_weight):
-        raise InputError("--method clip has the contrastive loss alone: no --reconstruction-weight, no --superpixel-weight")
+    if args.method == "clip":
+        for name in (*ADDED, "clip_lr", "reconstruction_weight", "superpixel_weight"):
+            if getattr(args, name):
+                raise InputError(f"--method clip has no --{name.replace('_', '-')}")
 
 
 def check_resumed(state, args, path):
@@ -293,6 +305,7 @@ def build_model(args, vocab_size):
     sizes = choose_sizes(args) | {"vocab_size": vocab_size}
     try:
         if args.method == "clip":
+            sizes["first_stage_layers"] = sizes["vision_layers"]  # there is no group module to come after some of them
             model = DenseCLIP(load_clip(args.init) if args.init else CLIP(Config(**sizes)))
         elif args.init is None:
             model = SegCLIP(Config(**sizes))
@@ -551,6 +564,35 @@ class Watch:
         return f"of {done * self.args.batch_size} pairs, {counts}"
 
 
+def make_loader(sources, tokenizer, config, args, rows, start, device):
+    """The batches of all steps from `start` on, of each these rows: picture, superpatch, text and the faults met.
+
+    Step s takes the pairs at places s * batch_size and on, whatever ran before it and however many processes there are: with
+    the noise of main, nothing else is random, and so a resumed run is the run that was not interrupted.
+    """
+    lengths, workers = [len(source) for source in sources], args.workers
+    rule = args.superpatch if args.superpixel_weight else None
+    pairs = torch.utils.data.ConcatDataset(sources)
+    pairs = TrainingPairs(pairs, tokenizer, config, args.crop_scale, args.seed, args.text_length, rule)
+    # Whole scenes are always the same: if some are to be seen twice, all are prepared now, and no process is needed then.
+    whole_scenes = args.crop_scale == 1 and all(isinstance(source, SyntheticScenes) for source in sources)
+    if whole_scenes and sum(lengths) < args.steps * args.batch_size and start < args.steps:
+        if rows.start == 0:
+            print(f"preparing {sum(lengths):,} scenes, before the first step", flush=True)
+        pairs, workers = Prepared(pairs, sum(lengths), workers), 0
+    alone = not dist.is_initialized()
+    if device.type == "cpu" and alone and workers:  # threads that fight the workers for cores cost a third
+        torch.set_num_threads(max(1, min(torch.get_num_threads(), (os.cpu_count() or 1) - workers)))
+    return DataLoader(
+        pairs,
+        batch_sampler=Batches(lengths, args.seed, args.batch_size, rows, range(start, args.steps)),
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=ignore_signals,
+    )
+
+
 def main(argv=None):
     args = parse_args(argv)
     check(args, int(os.environ.get("WORLD_SIZE", 1)))
@@ -596,27 +638,8 @@ def main(argv=None):
         model.compile()
     parallel = DistributedDataParallel(model) if world > 1 else model
 
-    # Step s takes the pairs at places s * batch_size and on, whatever ran before it and however many processes there are:
-    # with the noise below, nothing else is random, and so a resumed run is the run that was not interrupted.
     share = args.batch_size // world
     rows = slice(rank * share, (rank + 1) * share)
-    pairs = torch.utils.data.ConcatDataset(sources)
-    rule = args.superpatch if args.superpixel_weight else None
-    pairs, workers = TrainingPairs(pairs, tokenizer, config, args.crop_scale, args.seed, args.text_length, rule), args.workers
-    if worth_preparing(args, sum(lengths), config) and start < args.steps:
-        if rank == 0:
-            print(f"preparing {sum(lengths):,} pairs once, since they are few enough to be kept", flush=True)
-        pairs, workers = Prepared(pairs, sum(lengths), workers), 0
-    if device.type == "cpu" and world == 1 and workers:  # threads that fight the workers for cores cost a third
-        torch.set_num_threads(max(1, min(torch.get_num_threads(), (os.cpu_count() or 1) - workers)))
-    loader = DataLoader(
-        pairs,
-        batch_sampler=Batches(lengths, args.seed, args.batch_size, rows, range(start, args.steps)),
-        num_workers=workers,
-        collate_fn=collate,
-        pin_memory=device.type == "cuda",
-        worker_init_fn=ignore_signals,
-    )
     generator = torch.Generator(device)
     num_patches = (config.image_size // config.patch_size) ** 2
     # The fused kernel for the CPU is made for long sequences; its backward pass in bf16 halves the speed of short ones.
@@ -636,6 +659,7 @@ def main(argv=None):
         introduce(model, tokenizer, optimizer, sources, args, world, device)
         if args.resume:
             print(f"resumed {resumed_path} at step {start}" if resumed else f"{path}: nothing to resume; a new run begins")
+    loader = make_loader(sources, tokenizer, config, args, rows, start, device)
     watch, last_save, done = Watch(args, start, faults, log), time.time(), start
     model.train()
     with Interruption() as interruption:
@@ -679,13 +703,6 @@ def main(argv=None):
             print(watch.count_faults(done))
         stopped = f"; stopped at step {done} of {args.steps}: --resume goes on" if done < args.steps else ""
         print(f"wrote {path}{stopped}" if done > start or not resumed else f"{path}: all {done} steps are done already")
-
-
-def worth_preparing(args, num_pairs, config):
-    """Whether to prepare all pairs before the first step and keep them: each is seen more than once, none is cropped at
-    random, and their pictures fit into 1 GiB."""
-    often = num_pairs < args.steps * args.batch_size
-    return often and args.crop_scale == 1 and 3 * num_pairs * config.image_size**2 < 2**30
 
 
 def open_log(output, resumed_step):

@@ -3,7 +3,8 @@
 python tests/ablate.py          an hour on two cores; stopped, the same command goes on
 
 Each row is `python train.py` with other flags, shorter than the default, scored by `python evaluate.py --analyse`; the seed
-decides the scenes, their order, the new weights and all noise. Runs lie in runs/ablation/ROW/SEED.
+decides the scenes, their order, the new weights and all noise. Runs lie in runs/ablation/STEPS/ROW/SEED, and are not done
+again: after a change of the code, give another --output.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import statistics
 import sys
 import time
@@ -91,6 +93,11 @@ def open_scenes(seed):
     return [SegmentedScenes(train.SMALL.image_size, seed)]
 
 
+def start_worker():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends them
+    torch.set_num_threads(1)
+
+
 def run(job):
     """Train and score one row with one seed, unless that was done -> what to say of it."""
     name, seed, steps, output = job
@@ -99,6 +106,8 @@ def run(job):
     if (folder / "metrics.json").exists():
         return f"{name}, seed {seed}: done before"
     train.open_pairs = lambda *args, seed, **options: open_scenes(seed)
+    # A run that is stopped is begun again, and so must neither end early nor be scored.
+    train.Interruption = lambda: contextlib.nullcontext(argparse.Namespace(asked=False))
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     checkpoint = output / "default" / str(seed) / "checkpoint.pt" if flags is None else folder / "checkpoint.pt"
@@ -144,14 +153,14 @@ def main():
     )
     parser.add_argument("--output", type=Path, default=Path("runs/ablation"), help="folder [%(default)s]")
     args = parser.parse_args()
-    seeds = range(args.seeds)
-    first = [name for name in ("default", CLIP) if name in args.rows]  # of which others need the checkpoint
-    with multiprocessing.get_context("spawn").Pool(os.cpu_count(), torch.set_num_threads, [1]) as pool:
+    seeds, output = range(args.seeds), args.output / str(args.steps)
+    first = ["default", CLIP]  # of which others need the checkpoint
+    with multiprocessing.get_context("spawn").Pool(min(os.cpu_count(), 2 * args.seeds), start_worker) as pool:
         for names in (first, [name for name in args.rows if name not in first]):
-            jobs = [(name, seed, args.steps, args.output) for seed in seeds for name in names]
+            jobs = [(name, seed, args.steps, output) for seed in seeds for name in names]
             for line in pool.imap_unordered(run, jobs):
                 print(line, file=sys.stderr, flush=True)
-    table(args.output, args.rows, seeds)
+    table(output, args.rows, seeds)
 
 
 if __name__ == "__main__":

@@ -268,7 +268,9 @@ class Runs:
         return open, (str(self.path), "w")
 
 
-KINDS = "missing empty folder text truncated legacy list resnet other width rank no_tensor".split()
+KINDS = (
+    "missing empty folder text truncated legacy list resnet other width rank no_tensor own_list own_names own_config".split()
+)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -298,6 +300,12 @@ def test_a_file_that_is_no_checkpoint(kind, tiny_clip, tmp_path):
         torch.save(openai_state(tiny_clip) | {"visual.conv1.weight": torch.zeros(100)}, path)
     elif kind == "no_tensor":
         torch.save(openai_state(tiny_clip) | {"visual.proj": 3}, path)
+    elif kind == "own_list":
+        torch.save({"config": {}, "model": [1]}, path)
+    elif kind == "own_names":
+        torch.save({"config": {}, "model": {1: torch.zeros(1)}}, path)
+    elif kind == "own_config":
+        torch.save({"config": [1], "model": openai_state(tiny_clip)}, path)
     for load in (load_clip, load_segclip, load_model):
         with pytest.raises(InputError) as error:
             load(path)

@@ -1,7 +1,7 @@
 """Training: it learns, it can be interrupted, and two processes do what one does."""
 
-import dataclasses
 import gzip
+import hashlib
 import io
 import json
 import os
@@ -17,6 +17,7 @@ import skimage.data
 import torch
 from PIL import Image
 
+import clip_loader
 import data
 import train
 from clip_loader import InputError, load_model, load_segclip, load_tokenizer, read_weights
@@ -25,18 +26,19 @@ from data import SyntheticScenes, TrainingPairs, collate, normalise
 from losses import contrastive_loss
 from model import CLIP, SegCLIP
 
-SMALL_RUN = (
-    "--device cpu --precision fp32 --image-size 32 --vision-width 64 --text-width 64 --vision-layers 3 --first-stage-layers 2 "
-    "--text-layers 1 --num-centers 6 --cross-layers 1 --embed-dim 32 --batch-size 8 --steps 6 --workers 0"
+SMALL_CLIP = (
+    "--device cpu --precision fp32 --image-size 32 --vision-width 64 --text-width 64 --vision-layers 3 --text-layers 1 "
+    "--embed-dim 32 --batch-size 8 --steps 6 --workers 0"
 )
+SMALL_RUN = f"{SMALL_CLIP} --first-stage-layers 2 --num-centers 6 --cross-layers 1"
 
 
 THREADS = torch.get_num_threads()
 
 
-def run(output, *more):
+def run(output, *more, flags=SMALL_RUN):
     torch.set_num_threads(THREADS)  # an earlier run with workers took fewer
-    train.main([*SMALL_RUN.split(), "--output", str(output), *more])
+    train.main([*flags.split(), "--output", str(output), *more])
     return read_weights(output / "checkpoint.pt")
 
 
@@ -445,7 +447,7 @@ def test_losses_that_are_left_out(tmp_path):
         ("--text-length 99", "text-length"),
         ("--accumulate 3", "3 chunks"),
         ("--epochs 1", "--steps or --epochs"),
-        ("--method clip --superpixel-weight 1", "--method clip"),
+        ("--method clip", "--method clip has no --first-stage-layers"),
         ("--data nowhere.tar", "nowhere.tar"),
         ("--eval-every 1 --evaluate=--stride=999", "--stride 999"),
     ],
@@ -530,6 +532,17 @@ def paper(output, clip_file, *flags):
     return read_weights(output / "checkpoint.pt")
 
 
+def test_a_clip_by_name_is_read_densely(tmp_path, clip_file, monkeypatch, capsys):
+    path, vocabulary, _ = clip_file
+    entry = hashlib.sha256(path.read_bytes()).hexdigest(), path.name, "https://example.invalid/"
+    monkeypatch.setitem(clip_loader.DOWNLOADS, "ViT-B/16", entry)
+    monkeypatch.setenv("CLIP_CACHE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    train.evaluate.main(f"--checkpoint ViT-B/16 --vocabulary {vocabulary} --limit 3 --workers 0".split())
+    assert "over 3 pictures" in capsys.readouterr().out
+    assert (tmp_path / "runs/ViT-B-16/metrics.json").exists()
+
+
 def test_the_papers_recipe_starts_from_clip(tmp_path, clip_file, capsys):
     start = paper(tmp_path / "start", clip_file, "--epochs", "0")
     for name, values in clip_file[2].state_dict().items():
@@ -572,15 +585,22 @@ def test_sizes_that_are_not_those_of_the_weights(tmp_path, clip_file):
 
 def test_the_baseline_trains_scores_and_is_a_start(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(data, "superpixels", None)  # it needs none
-    whole = run(tmp_path / "clip", "--method", "clip", "--save-every", "3")
-    assert {name.split(".")[0] for name in whole["model"]} == {"clip"} and log_of(tmp_path / "clip")[-1].keys() >= {"con"}
+    flags = f"{SMALL_CLIP} --method clip --steps 40 --batch-size 16 --save-every 20"
+    whole = run(tmp_path / "clip", flags=flags)
+    assert {name.split(".")[0] for name in whole["model"]} == {"clip"}
+    first, *_, last = log_of(tmp_path / "clip")
+    assert last["con"] < first["con"] and not {"rec", "sup"} & last.keys()
     os.replace(tmp_path / "clip/checkpoint.1.pt", tmp_path / "clip/checkpoint.pt")
-    assert_equal(run(tmp_path / "clip", "--method", "clip", "--save-every", "3", "--resume")["model"], whole["model"])
+    again = run(tmp_path / "clip", "--resume", flags=flags)
+    assert_equal(again["model"], whole["model"])
+    assert again["config"] == whole["config"]
     model = load_model(tmp_path / "clip/checkpoint.pt").eval()
     picture = normalise(torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8))
     encoding = model.encode_image(picture)
     torch.testing.assert_close(encoding.features, model.clip.encode_image(picture))
     torch.testing.assert_close(encoding.regions, model.clip.encode_patches(picture))
+    patches = torch.arange(16).view(1, 4, 4).repeat_interleave(8, dim=1).repeat_interleave(8, dim=2)
+    assert torch.equal(train.evaluate.pixel_regions(encoding, 32, (4, 4)), patches.expand(2, -1, -1))
     train.evaluate.main(["--checkpoint", str(tmp_path / "clip/checkpoint.pt"), "--limit", "3", "--workers", "0", "--analyse"])
     assert "over 3 pictures" in capsys.readouterr().out
     monkeypatch.undo()
@@ -589,21 +609,16 @@ def test_the_baseline_trains_scores_and_is_a_start(tmp_path, monkeypatch, capsys
     assert start["config"]["num_centers"] == 6 and start["merges"] == whole["merges"]
 
 
-def test_pairs_that_are_prepared_once_change_nothing(tmp_path, monkeypatch):
+def test_scenes_that_are_prepared_once_change_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(SyntheticScenes, "__len__", lambda self: 30)
-    once = run(tmp_path / "once", "--workers", "1")
-    monkeypatch.setattr(train, "worth_preparing", lambda *args: False)
-    torch.set_num_threads(THREADS)
-    assert_equal(run(tmp_path / "anew")["model"], once["model"])
-
-
-def test_what_is_worth_preparing(tmp_path):
-    args, config = train.parse_args(["--steps", "100", "--batch-size", "10"]), train.SMALL
-    assert train.worth_preparing(args, 999, config) and not train.worth_preparing(args, 1000, config)
-    args.crop_scale = 0.9
-    assert not train.worth_preparing(args, 999, config)
-    args.crop_scale, config = 1.0, dataclasses.replace(config, image_size=800)
-    assert not train.worth_preparing(args, 999, config)
+    once = run(tmp_path / "once", "--workers", "1", "--save-every", "3")
+    assert "preparing 30 scenes" in capsys.readouterr().out
+    os.replace(tmp_path / "once/checkpoint.1.pt", tmp_path / "once/checkpoint.pt")
+    resumed = run(tmp_path / "once", "--save-every", "3", "--resume")
+    monkeypatch.setattr(train, "Prepared", lambda pairs, count, workers: pairs)
+    anew = run(tmp_path / "anew")
+    for other in (resumed, anew):
+        assert_equal(other["model"], once["model"])
 
 
 def test_a_run_can_start_from_a_segclip(tmp_path):
