@@ -239,10 +239,20 @@ def add_background(scores, threshold):
 
 def pixel_regions(encoding, window, grid):
     """The region of each pixel: -> [B, window, window]."""
+    if encoding.soft is None:
+        patches = torch.arange(grid[0] * grid[1], device=encoding.regions.device).view(1, 1, *grid).float()
+        return F.interpolate(patches, (window, window))[0].long().expand(len(encoding.regions), -1, -1)
     soft = encoding.soft.float().transpose(1, 2).unflatten(2, grid)  # [B, N, L] -> [B, L, H/P, W/P]
-    # One by one, since L may be as large as N.
-    large = (F.interpolate(one[None], (window, window), mode="bilinear", align_corners=False) for one in soft)
-    return torch.cat([one.argmax(dim=1) for one in large])
+    return F.interpolate(soft, (window, window), mode="bilinear", align_corners=False).argmax(dim=1)
+
+
+def pixel_scores(scores, regions, grid=None):
+    """Scores of the regions of one window [L, channels], and the region of each pixel [window, window] -> [channels, window,
+    window]: a pixel has those of its region. With a grid, the regions are its patches, between which is interpolated."""
+    if grid is None:
+        return scores[regions].permute(2, 0, 1)  # [window, window, channels] -> [channels, window, window]
+    scores = scores.T.unflatten(1, grid)[None]  # [L, channels] -> [1, channels, H/P, W/P]
+    return F.interpolate(scores, regions.shape, mode="bilinear", align_corners=False)[0]
 
 
 def window_scores(encoding, text, owner, scale, settings):
@@ -287,7 +297,7 @@ class Segmenter:
         """[n, 3, window, window] -> ImageEncoding of all, batch by batch."""
         with torch.autocast(crops.device.type, torch.bfloat16, enabled=self.bf16):
             parts = [self.model.encode_image(batch) for batch in crops.split(self.batch_size)]
-        return type(parts[0])(*(torch.cat(fields) for fields in zip(*parts)))
+        return type(parts[0])(*(None if fields[0] is None else torch.cat(fields) for fields in zip(*parts)))
 
     @torch.inference_mode()
     def __call__(self, pictures):
@@ -309,8 +319,8 @@ class Segmenter:
 
     def finish(self, waiting, crops):
         window, patch = self.settings.window, self.model.config.patch_size
-        encoding = self.encode(torch.stack(crops))
-        regions = pixel_regions(encoding, window, (window // patch, window // patch))  # [n, window, window]
+        encoding, grid = self.encode(torch.stack(crops)), (window // patch, window // patch)
+        regions = pixel_regions(encoding, window, grid)  # [n, window, window]
         scores = window_scores(encoding, self.text, self.owner, self.scale, self.settings)  # [n, L, channels]
         first = 0
         for sample, size, starts in waiting:
@@ -318,8 +328,7 @@ class Segmenter:
             region_map = regions.new_zeros(size)
             for i, (y, x) in enumerate(starts):
                 here = (..., slice(y, y + window), slice(x, x + window))
-                of_pixels = scores[first + i][regions[first + i]]  # [L, channels] -> [window, window, channels]
-                canvas[here] += of_pixels.permute(2, 0, 1)  # -> [channels, window, window]
+                canvas[here] += pixel_scores(scores[first + i], regions[first + i], grid if encoding.soft is None else None)
                 count[here] += 1
                 region_map[here] = regions[first + i] + i * scores.shape[1]
             features = encoding.features[first : first + len(starts)]

@@ -369,6 +369,7 @@ class ImageEncoding(NamedTuple):
     regions: torch.Tensor  # [B, L, E]  projected region tokens
     hard: torch.Tensor  # [B, N, L]     mapping matrix M: one-hot rows, straight-through gradient in training
     soft: torch.Tensor  # [B, N, L]     softmax over the centers, no noise
+    # hard and soft are None where each patch is a region of its own, L = N.
 
 
 @torch.compiler.disable  # in bf16, a compiled backward pass rounds otherwise, and finds no region that has the maximum
@@ -473,10 +474,7 @@ class SegCLIP(nn.Module):
 
 
 class DenseCLIP(nn.Module):
-    """The baseline: CLIP, trained with its class token, and each patch token read as a region of its own.
-
-    A pixel has the label of its patch: between patches nothing is interpolated.
-    """
+    """The baseline: CLIP, trained with its class token, and each patch token read as a region of its own."""
 
     def __init__(self, clip):
         super().__init__()
@@ -487,11 +485,9 @@ class DenseCLIP(nn.Module):
         return self.clip.encode_text(text)
 
     def encode_image(self, image):
-        """[B, 3, H, W] -> ImageEncoding with L = N: the class token's feature, and every patch sent the same way."""
+        """[B, 3, H, W] -> ImageEncoding: the class token's feature, and every patch token sent the same way."""
         x = self.clip.visual.project(self.clip.visual(image))  # [B, 1 + N, E]
-        features, patches = x[:, 0], x[:, 1:]
-        own = torch.eye(patches.shape[1], device=x.device).expand(len(x), -1, -1)  # [B, N, N]
-        return ImageEncoding(features, patches, own, own)
+        return ImageEncoding(x[:, 0], x[:, 1:], None, None)
 
     def draw_noise(self, batch, num_patches, generator=None):
         """As SegCLIP's; here a step has no randomness."""

@@ -29,6 +29,7 @@ from evaluate import (
     heat,
     overlay,
     pixel_regions,
+    pixel_scores,
     region_scores,
     resized,
     window_starts,
@@ -92,6 +93,16 @@ def test_region_scores_by_hand():
 
 def test_pixel_regions_by_hand():
     assert pixel_regions(encoding_by_hand(), 4, (2, 2)).tolist() == [[[0, 0, 1, 1]] * 4]
+
+
+def test_pixels_of_patches_by_hand():
+    """Where each patch is a region of its own, scores are interpolated between them."""
+    encoding = encoding_by_hand()._replace(regions=torch.zeros(1, 4, 2), hard=None, soft=None)
+    regions = pixel_regions(encoding, 4, (2, 2))
+    assert regions.tolist() == [[[0, 0, 1, 1]] * 2 + [[2, 2, 3, 3]] * 2]
+    scores = torch.tensor([[0.0, 4.0], [1.0, 4.0], [0.0, 4.0], [1.0, 4.0]])  # [L, channels]
+    assert pixel_scores(scores, regions[0]).tolist() == [[[0.0, 0.0, 1.0, 1.0]] * 4, [[4.0] * 4] * 4]
+    assert pixel_scores(scores, regions[0], (2, 2)).tolist() == [[[0.0, 0.25, 0.75, 1.0]] * 4, [[4.0] * 4] * 4]
 
 
 @pytest.mark.parametrize(
