@@ -532,12 +532,14 @@ def segclip_config(state, first_stage_layers, source):
     )
 
 
-def load_model(name_or_path):
-    """What can label pictures, from any file: a SegCLIP, or a CLIP, whose patch tokens are then read. Raises InputError."""
+def load_model(name_or_path, readout="clip"):
+    """What can label pictures, from any file: a SegCLIP, or a CLIP, of which then `readout` is used. Raises InputError."""
     state, config = read_model(name_or_path)
-    if is_segclip(state):
-        return segclip_from_state(state, name_or_path, config)
-    return DenseCLIP(clip_from_state(state, name_or_path, config))
+    if not is_segclip(state):
+        return DenseCLIP(clip_from_state(state, name_or_path, config), readout)
+    if readout != "clip":
+        raise InputError(f"{name_or_path}: a SegCLIP, which has regions; --readout {readout} is for a CLIP")
+    return segclip_from_state(state, name_or_path, config)
 
 
 def load_segclip(path_or_clip, **sizes):

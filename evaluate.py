@@ -49,6 +49,7 @@ from data import (
     read_lines,
     resize_bilinear,
 )
+from model import READOUTS
 
 SCENES = {"synthetic": "val", "synthetic-unseen": "unseen"}  # data sets that are drawn, and their split
 DEFAULT_CHECKPOINT = "runs/synthetic/checkpoint.pt"
@@ -120,6 +121,7 @@ class Settings:
     logit_scale: float | None  # None: the learned one
     background_threshold: float | None
     area_threshold: float | None  # dense only: classes with a smaller share of the foreground are left out
+    refine: str | None = None
 
 
 def read_classes(path):
@@ -171,7 +173,7 @@ def choose_settings(args, dataset, size):
         short = {"coco_stuff": 448, "cityscapes": 560}.get(name, 336) * size // 224
         area = 0.1 if name == "pascal_voc" else None
         s = Settings("dense", words, 80, short, size, size // 2, None, scale, threshold, area)
-    for field in ("templates", "short_side", "window", "stride", "top_k"):
+    for field in ("templates", "short_side", "window", "stride", "top_k", "refine"):
         if getattr(args, field) is not None:
             setattr(s, field, getattr(args, field))
     return s
@@ -276,6 +278,28 @@ def dense_labels(cosines, owner, settings):
     return scores, label
 
 
+def pamr(scores, picture, iterations=10, dilations=(8, 16)):
+    """Pixel-adaptive refinement (Araslanov and Roth, CVPR 2020): scores [C, H, W] move along what looks alike in the picture
+    [3, H, W]. Each pixel takes the mean of its neighbours' scores, in eight directions at each of these distances, weighted by
+    a softmax over how near their colours are, in tenths of the standard deviation around. As often as `iterations` says."""
+    steps = [(d * y, d * x) for d in dilations for y in (-1, 0, 1) for x in (-1, 0, 1)]
+    most, (height, width) = max(dilations), picture.shape[-2:]
+
+    def moved(x):  # -> the neighbours' values, one step after the other, each [channels, H, W]
+        x = F.pad(x[None], [most] * 4, mode="replicate")[0]
+        for dy, dx in steps:
+            yield x[:, most + dy : most + dy + height, most + dx : most + dx + width]
+
+    around = torch.stack(list(moved(picture)))  # [steps, 3, H, W], the pixel itself among them, once for each distance
+    deviation = around.std(dim=0)
+    affinity = -((around - picture).abs() / (0.1 * deviation + 1e-8)).mean(dim=1)  # [steps, H, W]
+    itself = torch.tensor([step == (0, 0) for step in steps], device=picture.device)
+    affinity = affinity.masked_fill(itself[:, None, None], -torch.inf).softmax(dim=0)
+    for _ in range(iterations):
+        scores = sum(weight * there for weight, there in zip(affinity, moved(scores)))
+    return scores
+
+
 class Result(NamedTuple):
     """What a model sees in one picture."""
 
@@ -334,6 +358,8 @@ class Segmenter:
             features = encoding.features[first : first + len(starts)]
             first += len(starts)
             full = F.interpolate((canvas / count)[None], sample.picture.shape[:2], mode="bilinear", align_corners=False)[0]
+            if self.settings.refine:
+                full = pamr(full, torch.as_tensor(sample.picture, device=full.device).permute(2, 0, 1).float())
             if self.settings.protocol == "dense":
                 full, label = dense_labels(full, self.owner, self.settings)
             else:
@@ -613,9 +639,16 @@ def parse_args(argv=None):
     model = parser.add_argument_group("the model")
     model.add_argument(
         "--checkpoint",
+        "--model",
         default=DEFAULT_CHECKPOINT,
         help="one of train.py's, the authors' segclip.bin, or a CLIP (a file, ViT-B/16, ...), whose patch tokens are then read "
         "[%(default)s]",
+    )
+    model.add_argument(
+        "--readout",
+        choices=READOUTS,
+        default="clip",
+        help="of a CLIP: how its last block makes patch tokens; explained at read_out in model.py [%(default)s]",
     )
     model.add_argument("--vocabulary", help="OpenAI's BPE vocabulary, if it is not in the cache and cannot be fetched")
     model.add_argument("--device", help="cpu, cuda, cuda:1, ... [a GPU if there is one]")
@@ -635,6 +668,9 @@ def parse_args(argv=None):
     how.add_argument("--short-side", type=int, help="pixels of a picture's short side, as the model sees it [the protocol's]")
     how.add_argument("--window", type=int, help="pixels of a window's side [the model's input size]")
     how.add_argument("--stride", type=int, help="pixels from one window to the next [the protocol's]")
+    how.add_argument(
+        "--refine", choices=("pamr",), help="move the borders to those of the colours, by pixel-adaptive refinement [no]"
+    )
     how.add_argument("--top-k", type=int, help="words of a window's image that its regions can be [segclip: 5]")
     how.add_argument(
         "--background",
@@ -705,14 +741,15 @@ def main(argv=None):
     if args.checkpoint == DEFAULT_CHECKPOINT and not Path(DEFAULT_CHECKPOINT).exists():
         raise InputError(f"{DEFAULT_CHECKPOINT}: not there yet; make it with `python train.py`, or give --checkpoint FILE")
     path = fetch(args.checkpoint) if args.checkpoint in MODELS else args.checkpoint
-    model = load_model(path).to(device).eval()
+    model = load_model(path, args.readout).to(device).eval()
     tokenizer = load_tokenizer(path, args.vocabulary)
     if tokenizer.vocab_size != model.config.vocab_size:
         raise InputError(
             f"{args.checkpoint}: made for {model.config.vocab_size} tokens, but the vocabulary has {tokenizer.vocab_size}"
         )
     sha256 = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    metrics = evaluate(args, model, tokenizer, rank, world, {"checkpoint": str(args.checkpoint), "checkpoint_sha256": sha256})
+    origin = {"checkpoint": str(args.checkpoint), "checkpoint_sha256": sha256, "readout": args.readout}
+    metrics = evaluate(args, model, tokenizer, rank, world, origin)
     if rank == 0 and metrics:
         report(metrics)
 

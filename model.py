@@ -161,11 +161,15 @@ class VisionTransformer(nn.Module):
         grid = F.interpolate(grid.float(), (rows, columns), mode="bicubic", align_corners=False)
         return grid[0].flatten(1).T  # [D, rows, columns] -> [N, D]
 
-    def forward(self, image):
-        """[B, 3, H, W] -> [B, 1 + N, D]: the class token, then the patches, after the last block."""
+    def embed(self, image):
+        """[B, 3, H, W] -> [B, 1 + N, D]: the class token, then the patches, before the first block."""
         patches = self.embed_patches(image)
         class_token = (self.class_embedding + self.positional_embedding[0]).expand(len(patches), 1, -1)
-        return self.transformer(self.ln_pre(torch.cat([class_token, patches], dim=1)))
+        return self.ln_pre(torch.cat([class_token, patches], dim=1))
+
+    def forward(self, image):
+        """[B, 3, H, W] -> [B, 1 + N, D]: the same after the last block."""
+        return self.transformer(self.embed(image))
 
     def project(self, x):
         """[..., D] -> [..., E]: into the space that is shared with the text."""
@@ -194,9 +198,19 @@ class CLIP(nn.Module):
         """[B, 3, H, W] -> [B, E], from the class token."""
         return self.visual.project(self.visual(image)[:, 0])
 
-    def encode_patches(self, image):
-        """[B, 3, H, W] -> [B, N, E]: every patch token sent the way that CLIP trained for the class token only."""
-        return self.visual.project(self.visual(image)[:, 1:])
+    def encode_patches(self, image, readout="clip"):
+        """[B, 3, H, W] -> [B, N, E], by one of READOUTS; "clip" sends patch tokens the way that was trained for the class token."""
+        return self.encode_densely(image, readout)[1]
+
+    def encode_densely(self, image, readout="clip"):
+        """[B, 3, H, W] -> [B, E] from the class token, [B, N, E] from the patches as encode_patches."""
+        visual, x = self.visual, self.visual.embed(image)
+        *blocks, last = visual.transformer.resblocks
+        for block in blocks:
+            x = block(x)
+        class_token = last(x)[:, 0]
+        grid = image.shape[-2] // visual.patch_size, image.shape[-1] // visual.patch_size
+        return visual.project(class_token), visual.project(read_out(last, x, readout, grid)[:, 1:])
 
     def encode_text(self, text):
         """[B, T] token ids -> [B, E], from the end token: the largest id, and the one place that has seen every word."""
@@ -211,6 +225,52 @@ class CLIP(nn.Module):
         text_features = F.normalize(self.encode_text(text), dim=-1)
         logits_per_image = self.logit_scale.exp() * image_features @ text_features.T
         return logits_per_image, logits_per_image.T
+
+
+READOUTS = ("clip", "maskclip", "sclip", "clearclip", "naclip")
+
+
+def read_out(block, x, readout, grid):
+    """The last block of CLIP's image encoder, as each of the READOUTS has it: [B, 1 + N, D] -> [B, 1 + N, D]. No training.
+
+    clip: as it was trained; a patch looks at what the whole picture needs.
+    maskclip (Zhou et al., ECCV 2022): a token looks at itself alone. No residual, no MLP.
+    sclip (Wang et al., ECCV 2024): queries look at queries, and keys at keys, each as alike as they are; both are added.
+    clearclip (Lan et al., ECCV 2024): queries at queries. No residual, no MLP, which hold what is the same all over the picture.
+    naclip (Hajimiri et al., WACV 2025): keys at keys, and all the more the nearer. No residual, no MLP.
+    grid: rows and columns of the N patches.
+    """
+    if readout == "clip":
+        return block(x)
+    attn = block.attn
+    qkv = F.linear(block.ln_1(x), attn.in_proj_weight, attn.in_proj_bias)
+    q, k, v = qkv.unflatten(-1, (3, attn.heads, -1)).permute(2, 0, 3, 1, 4)  # each [B, heads, 1 + N, D/heads]
+
+    def look(a, bonus=0):
+        return (a @ a.transpose(-2, -1) / math.sqrt(a.shape[-1]) + bonus).softmax(dim=-1) @ v
+
+    if readout == "maskclip":
+        y = v
+    elif readout == "sclip":
+        y = look(q) + look(k)
+    elif readout == "clearclip":
+        y = look(q)
+    elif readout == "naclip":
+        y = look(k, nearness(*grid, x.device))
+    else:
+        raise ValueError(f"readout {readout}: there are {', '.join(READOUTS)}")
+    y = attn.out_proj(y.transpose(1, 2).flatten(2))  # [B, heads, 1 + N, D/heads] -> [B, 1 + N, D]
+    if readout == "sclip":
+        x = x + y
+        return x + block.mlp(block.ln_2(x))
+    return y
+
+
+def nearness(rows, columns, device=None, sigma=5.0):
+    """exp(-d^2 / (2 sigma^2)) for patches at a distance of d patches; 0 from and to the class token. -> [1 + N, 1 + N]"""
+    places = torch.cartesian_prod(torch.arange(rows, device=device), torch.arange(columns, device=device)).float()  # [N, 2]
+    gauss = (-torch.cdist(places, places).square() / (2 * sigma**2)).exp()
+    return F.pad(gauss, (1, 0, 1, 0))
 
 
 def init_blocks(blocks):
@@ -474,20 +534,19 @@ class SegCLIP(nn.Module):
 
 
 class DenseCLIP(nn.Module):
-    """The baseline: CLIP, trained with its class token, and each patch token read as a region of its own."""
+    """The baseline: CLIP, trained with its class token, and each patch token read as a region of its own; see READOUTS."""
 
-    def __init__(self, clip):
+    def __init__(self, clip, readout="clip"):
         super().__init__()
-        self.config, self.clip = clip.config, clip
+        self.config, self.clip, self.readout = clip.config, clip, readout
 
     def encode_text(self, text):
         """[B, T] token ids -> [B, E]."""
         return self.clip.encode_text(text)
 
     def encode_image(self, image):
-        """[B, 3, H, W] -> ImageEncoding: the class token's feature, and every patch token sent the same way."""
-        x = self.clip.visual.project(self.clip.visual(image))  # [B, 1 + N, E]
-        return ImageEncoding(x[:, 0], x[:, 1:], None, None)
+        """[B, 3, H, W] -> ImageEncoding: the class token's feature, and the patches'."""
+        return ImageEncoding(*self.clip.encode_densely(image, self.readout), None, None)
 
     def draw_noise(self, batch, num_patches, generator=None):
         """As SegCLIP's; here a step has no randomness."""

@@ -28,6 +28,7 @@ from evaluate import (
     dense_labels,
     heat,
     overlay,
+    pamr,
     pixel_regions,
     pixel_scores,
     region_scores,
@@ -196,6 +197,32 @@ def test_batches_of_windows_change_nothing():
         segmenter = Segmenter(Stripes(), WORDS, torch.arange(2), settings, batch_size)
         results.append([(result.label.tolist(), result.regions.tolist()) for _, result in segmenter(pictures)])
     assert results[0] == results[1] == results[2]
+
+
+def test_refinement_by_hand():
+    torch.manual_seed(0)
+    picture, scores = 255 * torch.rand(3, 5, 6), torch.rand(2, 5, 6)
+    refined = pamr(scores, picture, iterations=2, dilations=(1, 2))
+
+    def at(x, row, column):  # beyond the border, the pixel at the border
+        return x[:, min(max(row, 0), 4), min(max(column, 0), 5)]
+
+    expected = scores
+    for _ in range(2):
+        before, expected = expected, torch.empty_like(scores)
+        for row in range(5):
+            for column in range(6):
+                places = [(row + d * y, column + d * x) for d in (1, 2) for y in (-1, 0, 1) for x in (-1, 0, 1)]
+                deviation = torch.stack([at(picture, *place) for place in places]).std(dim=0)
+                here, total, weights = at(picture, row, column), torch.zeros(2), 0
+                for place in places:
+                    if place != (row, column):
+                        weight = (-((at(picture, *place) - here).abs() / (0.1 * deviation)).mean()).exp()
+                        total, weights = total + weight * at(before, *place), weights + weight
+                expected[:, row, column] = total / weights
+    torch.testing.assert_close(refined, expected)
+    flat = pamr(scores, torch.zeros(3, 5, 6), iterations=1, dilations=(1,))  # all colours alike: the mean of the eight
+    torch.testing.assert_close(flat[:, 2, 2], (scores[:, 1:4, 1:4].sum(dim=(1, 2)) - scores[:, 2, 2]) / 8)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,10 +1,13 @@
 """What must hold of the model whatever its weights are."""
 
+import dataclasses
+import math
+
 import pytest
 import torch
 
 from conftest import TINY
-from model import Config, SegCLIP, assign_patches, sincos_positions
+from model import CLIP, READOUTS, Config, DenseCLIP, SegCLIP, assign_patches, sincos_positions
 
 
 def one(noise, i):
@@ -165,3 +168,59 @@ def test_text_feature_ignores_what_follows_the_end_token(tiny_clip):
     text = torch.tensor([[598, 5, 6, 599, 0, 0, 0, 0]])
     longer = torch.tensor([[598, 5, 6, 599, 7, 8, 9, 0, 0, 0]])
     assert torch.allclose(tiny_clip.encode_text(text), tiny_clip.encode_text(longer), atol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Read-outs of CLIP
+
+
+def read_out_slowly(block, tokens, readout, rows, columns):
+    """One picture's tokens [1 + N, D], from the papers' equations: one head, one query and one key at a time."""
+    width, heads = tokens.shape[1], block.attn.heads
+    size, (w_q, w_k, w_v) = width // heads, block.attn.in_proj_weight.chunk(3)
+    b_q, b_k, b_v = block.attn.in_proj_bias.chunk(3)
+    h = block.ln_1(tokens)
+    summed = torch.zeros_like(tokens)
+    for head in range(heads):
+        part = slice(head * size, (head + 1) * size)
+        q, k, v = ([token @ w[part].T + b[part] for token in h] for w, b in ((w_q, b_q), (w_k, b_k), (w_v, b_v)))
+        for i in range(len(tokens)):
+            looks = {"clip": [(q, k)], "maskclip": [], "sclip": [(q, q), (k, k)], "clearclip": [(q, q)], "naclip": [(k, k)]}
+            for ours, theirs in looks[readout]:
+                weights = []
+                for j in range(len(tokens)):
+                    score = (ours[i] * theirs[j]).sum().item() / math.sqrt(size)
+                    if readout == "naclip" and i and j:
+                        y, x = (i - 1) // columns - (j - 1) // columns, (i - 1) % columns - (j - 1) % columns
+                        score += math.exp(-(y * y + x * x) / (2 * 5**2))
+                    weights.append(math.exp(score))
+                for j, weight in enumerate(weights):
+                    summed[i, part] += weight / sum(weights) * v[j]
+            if readout == "maskclip":
+                summed[i, part] = v[i]
+    out = summed @ block.attn.out_proj.weight.T + block.attn.out_proj.bias
+    if readout in ("clip", "sclip"):
+        out = tokens + out
+        out = out + block.mlp(block.ln_2(out))
+    return out
+
+
+@pytest.mark.parametrize("readout", READOUTS)
+@torch.no_grad()
+def test_readouts_follow_their_equations(readout):
+    torch.manual_seed(0)
+    clip = CLIP(dataclasses.replace(TINY, vision_width=128)).double()  # two heads
+    for parameter in clip.visual.parameters():
+        parameter.add_(0.1 * torch.randn_like(parameter))  # no bias is 0, and no attention even
+    image = torch.randn(2, 3, 16, 24, dtype=torch.float64)
+    x = clip.visual.embed(image)
+    for block in clip.visual.transformer.resblocks[:-1]:
+        x = block(x)
+    slow = torch.stack([read_out_slowly(clip.visual.transformer.resblocks[-1], tokens, readout, 2, 3) for tokens in x])
+    patches = clip.encode_patches(image, readout)
+    torch.testing.assert_close(patches, clip.visual.project(slow[:, 1:]), rtol=1e-6, atol=1e-6)
+    others = [clip.encode_patches(image, other) for other in READOUTS if other != readout]
+    assert all((patches - other).abs().max() > 0.01 for other in others)
+    encoding = DenseCLIP(clip, readout).encode_image(image)
+    torch.testing.assert_close(encoding.regions, patches)
+    torch.testing.assert_close(encoding.features, clip.encode_image(image))  # whatever the patches are
