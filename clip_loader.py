@@ -27,7 +27,7 @@ import regex
 import torch
 import torch.distributed as dist
 
-from model import CLIP, Config, DenseCLIP, SegCLIP
+from model import CLIP, PACL, Config, DenseCLIP, SegCLIP
 
 
 class InputError(Exception):
@@ -533,12 +533,17 @@ def segclip_config(state, first_stage_layers, source):
 
 
 def load_model(name_or_path, readout="clip"):
-    """What can label pictures, from any file: a SegCLIP, or a CLIP, of which then `readout` is used. Raises InputError."""
+    """What can label pictures, from any file: a SegCLIP, a PACL, or a CLIP, read by `readout`. Raises InputError."""
     state, config = read_model(name_or_path)
-    if not is_segclip(state):
+    is_pacl = config and "embedder.skip.weight" in state
+    if not is_segclip(state) and not is_pacl:
         return DenseCLIP(clip_from_state(state, name_or_path, config), readout)
     if readout != "clip":
-        raise InputError(f"{name_or_path}: a SegCLIP, which has regions; --readout {readout} is for a CLIP")
+        raise InputError(
+            f"{name_or_path}: --readout {readout} is for a CLIP, and this is a {'PACL' if is_pacl else 'SegCLIP'}"
+        )
+    if is_pacl:
+        return load_strictly(PACL(CLIP(config)), state, name_or_path)
     return segclip_from_state(state, name_or_path, config)
 
 

@@ -121,6 +121,7 @@ class Settings:
     logit_scale: float | None  # None: the learned one
     background_threshold: float | None
     area_threshold: float | None  # dense only: classes with a smaller share of the foreground are left out
+    stride_trick: int | None = None  # in pixels, from one patch to the next; None: the patch size
     refine: str | None = None
 
 
@@ -173,7 +174,7 @@ def choose_settings(args, dataset, size):
         short = {"coco_stuff": 448, "cityscapes": 560}.get(name, 336) * size // 224
         area = 0.1 if name == "pascal_voc" else None
         s = Settings("dense", words, 80, short, size, size // 2, None, scale, threshold, area)
-    for field in ("templates", "short_side", "window", "stride", "top_k", "refine"):
+    for field in ("templates", "short_side", "window", "stride", "top_k", "stride_trick", "refine"):
         if getattr(args, field) is not None:
             setattr(s, field, getattr(args, field))
     return s
@@ -318,10 +319,15 @@ class Segmenter:
         self.scale = model.clip.logit_scale.exp().clamp(max=100)
 
     def encode(self, crops):
-        """[n, 3, window, window] -> ImageEncoding of all, batch by batch."""
+        """[n, 3, window, window] -> ImageEncoding of all, batch by batch, and the rows and columns of patches."""
+        visual, window = self.model.clip.visual, crops.shape[-1]
+        conv1, own = visual.conv1, visual.conv1.stride
+        conv1.stride = (self.settings.stride_trick,) * 2 if self.settings.stride_trick else own
         with torch.autocast(crops.device.type, torch.bfloat16, enabled=self.bf16):
             parts = [self.model.encode_image(batch) for batch in crops.split(self.batch_size)]
-        return type(parts[0])(*(None if fields[0] is None else torch.cat(fields) for fields in zip(*parts)))
+        grid, conv1.stride = visual.grid(window, window), own
+        encoding = type(parts[0])(*(None if fields[0] is None else torch.cat(fields) for fields in zip(*parts)))
+        return encoding, grid
 
     @torch.inference_mode()
     def __call__(self, pictures):
@@ -342,8 +348,8 @@ class Segmenter:
             yield from self.finish(waiting, crops)
 
     def finish(self, waiting, crops):
-        window, patch = self.settings.window, self.model.config.patch_size
-        encoding, grid = self.encode(torch.stack(crops)), (window // patch, window // patch)
+        window = self.settings.window
+        encoding, grid = self.encode(torch.stack(crops))
         regions = pixel_regions(encoding, window, grid)  # [n, window, window]
         scores = window_scores(encoding, self.text, self.owner, self.scale, self.settings)  # [n, L, channels]
         first = 0
@@ -440,13 +446,16 @@ class Analysis:
     def __init__(self, num_classes, model, tokenizer, text, owner, settings):
         self.model, self.tokenizer, self.text, self.owner, self.settings = model, tokenizer, text, owner, settings
         self.top_k = settings.top_k or 5
-        self.ceiling, self.grouped, self.named = Score(num_classes), Score(num_classes), Score(num_classes)
+        self.ceiling, self.grouped, self.named, self.patches = (Score(num_classes) for _ in range(4))
         self.regions, self.right_names, self.words_found, self.captions, self.features = [], [], [], [], []
 
     def add(self, sample, result):
         (height, width), (h, w), P = sample.label.shape, result.regions.shape, self.model.config.patch_size
         y, x = np.arange(height)[:, None] * h // height, np.arange(width) * w // width  # of each pixel, as it was seen
-        self.ceiling.add(majority(y // P * w + x // P, sample.label), sample.label)
+        patches = y // P * w + x // P
+        best = majority(patches, sample.label)
+        self.ceiling.add(best, sample.label)
+        self.patches.add(majority(patches, result.label), np.where(sample.label == 255, 255, best))
         self.grouped.add(majority(result.regions[y, x], sample.label), sample.label)
         self.regions.append(len(np.unique(result.regions)))
 
@@ -476,6 +485,7 @@ class Analysis:
             "mIoU if each region had its majority class: names perfect": self.grouped.summary()["mIoU"],
             "mIoU if each true region were named as a whole: grouping perfect": self.named.summary()["mIoU"],
             "purity: pixels that have the majority class of their region": self.grouped.summary()["aAcc"],
+            "patches that get the class of most of their pixels": self.patches.summary()["aAcc"],
             "true regions that are named right": mean(self.right_names),
             f"words of a picture among the image feature's top {self.top_k}": mean(self.words_found),
             "captions nearest to their own of 100 pictures": self.retrieval(),
@@ -669,6 +679,12 @@ def parse_args(argv=None):
     how.add_argument("--window", type=int, help="pixels of a window's side [the model's input size]")
     how.add_argument("--stride", type=int, help="pixels from one window to the next [the protocol's]")
     how.add_argument(
+        "--stride-trick",
+        type=int,
+        metavar="S",
+        help="pixels from one patch to the next: less than a patch gives finer maps, and takes (P/S)^2 times as long [patch size]",
+    )
+    how.add_argument(
         "--refine", choices=("pamr",), help="move the borders to those of the colours, by pixel-adaptive refinement [no]"
     )
     how.add_argument("--top-k", type=int, help="words of a window's image that its regions can be [segclip: 5]")
@@ -728,6 +744,8 @@ def check(args, settings, patch):
             raise InputError(f"--{name.replace('_', '-')} {value}: must be at least 1")
     if not 0 <= args.seed < 2**32 or args.workers < 0:
         raise InputError(f"--seed {args.seed} or --workers {args.workers}: out of range")
+    if settings.stride_trick is not None and (settings.stride_trick < 1 or patch % settings.stride_trick):
+        raise InputError(f"--stride-trick {settings.stride_trick}: must divide {patch}, the model's patch size")
     if settings.window % patch or settings.stride > settings.window:
         raise InputError(
             f"--window {settings.window} must be a multiple of {patch}, the model's patch size, and --stride {settings.stride} "

@@ -5,6 +5,7 @@ import math
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 class GatherRows(torch.autograd.Function):
@@ -41,6 +42,46 @@ def contrastive_loss(image_features, text_features, logit_scale):
     i2t = F.cross_entropy(scale * z_p @ all_w.T, target)  # Eq. 10: each image against all texts
     t2i = F.cross_entropy(scale * z_w @ all_p.T, target)  # Eq. 9: each text against all images
     return (i2t + t2i) / 2  # Eq. 8
+
+
+AT_ONCE = 2**22  # numbers; 16 MiB in float32 for each of the [size, N, B] tensors below
+
+
+def compatibility(patches, text, temperature):
+    """PACL's phi of every picture with every text: embedded patches [b, N, E], texts [B, E] -> [b, B], cosines.
+
+    s, the cosine of each patch with the text, weighs the patches, a = softmax(temperature * s) over them; phi is the cosine
+    of the text with the sum of the patches so weighted. (The slides do not tell the temperature; Config has others' choice.)
+    """
+    text = F.normalize(text, dim=-1)
+    size = max(1, AT_ONCE // (patches.shape[1] * len(text)))  # pictures
+    parts = [checkpoint(compatibility_of_few, few, text, temperature, use_reentrant=False) for few in patches.split(size)]
+    return torch.cat(parts)
+
+
+def compatibility_of_few(patches, text, temperature):
+    """All of a part of the pictures. No pooled vector is ever made, of which there would be [b, B, E]: its product with the
+    text is the sum of the patches' products, and its length is in the products of the patches with each other."""
+    dots = patches @ text.T  # [b, N, B]
+    a = (temperature * dots / patches.norm(dim=-1, keepdim=True).clamp(min=1e-6)).softmax(dim=1)
+    length = (a * (patches @ patches.transpose(1, 2) @ a)).sum(dim=1)  # [b, B], squared
+    return (a * dots).sum(dim=1) / length.clamp(min=1e-12).sqrt()
+
+
+def pacl_loss(patches, text_features, logit_scale, patch_temperature):
+    """Symmetric cross-entropy between images and texts over PACL's compatibility, with negatives from every rank.
+
+    patches: [b, N, E] of this rank, embedded; text_features: [b, E]; logit_scale as in contrastive_loss.
+    """
+    patches, text, first = patches.float(), text_features.float(), 0
+    gathered = dist.is_initialized() and dist.get_world_size() > 1
+    if gathered:
+        text, first = GatherRows.apply(text), dist.get_rank() * len(patches)
+    phi = compatibility(patches, text, patch_temperature)  # [b, B]
+    all_phi = GatherRows.apply(phi) if gathered else phi  # [B, B]
+    scale, rows = logit_scale.exp().clamp(max=100), slice(first, first + len(patches))
+    target = torch.arange(first, first + len(patches), device=phi.device)
+    return (F.cross_entropy(scale * phi, target) + F.cross_entropy(scale * all_phi.T[rows], target)) / 2
 
 
 def superpixel_kl_loss(assign, superpatch):
@@ -83,7 +124,9 @@ def total_loss(outputs, image, superpatch, reconstruction_weight=1.0, superpixel
 
     con: the contrastive loss, if these rows are a part of a batch, and so cannot tell it.
     """
-    if con is None:
+    if "patches" in outputs:
+        con = pacl_loss(**outputs)
+    elif con is None:
         con = contrastive_loss(outputs["image_features"], outputs["text_features"], outputs["logit_scale"])
     parts, total = {"con": con}, con
     if "pixels" in outputs:

@@ -38,6 +38,8 @@ class Config:
     gumbel_tau: float = 0.9  # temperature of the assignment in training (Eq. 2): the higher, the softer its gradient
     mask_ratio: float = 0.75  # share of the patches that the reconstruction hides
     decoder_layers: int = 3  # blocks of the MAE decoder
+    # What PACL adds:
+    patch_temperature: float = 10.0  # how much more the patches count that are nearest to a text
 
     def __post_init__(self):
         for name, value in vars(self).items():
@@ -149,7 +151,12 @@ class VisionTransformer(nn.Module):
         if height % self.patch_size or width % self.patch_size:
             raise ValueError(f"image sides must be multiples of the patch size {self.patch_size}, not {height}x{width}")
         x = self.conv1(image).flatten(2).transpose(1, 2)  # [B, D, H/P, W/P] -> [B, N, D]
-        return x + self.patch_positions(height // self.patch_size, width // self.patch_size)
+        return x + self.patch_positions(*self.grid(height, width))
+
+    def grid(self, height, width):
+        """Rows and columns of patches. They touch, unless PACL's stride trick has set conv1.stride to less than P."""
+        stride = self.conv1.stride[0]
+        return (height - self.patch_size) // stride + 1, (width - self.patch_size) // stride + 1
 
     def patch_positions(self, rows, columns):
         """The learned position grid, stretched to rows x columns: -> [rows * columns, D]."""
@@ -209,8 +216,8 @@ class CLIP(nn.Module):
         for block in blocks:
             x = block(x)
         class_token = last(x)[:, 0]
-        grid = image.shape[-2] // visual.patch_size, image.shape[-1] // visual.patch_size
-        return visual.project(class_token), visual.project(read_out(last, x, readout, grid)[:, 1:])
+        x = read_out(last, x, readout, visual.grid(*image.shape[-2:]))
+        return visual.project(class_token), visual.project(x[:, 1:])
 
     def encode_text(self, text):
         """[B, T] token ids -> [B, E], from the end token: the largest id, and the one place that has seen every word."""
@@ -558,4 +565,54 @@ class DenseCLIP(nn.Module):
             "image_features": self.clip.encode_image(image),
             "text_features": self.encode_text(text),
             "logit_scale": self.clip.logit_scale,
+        }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# PACL (Mukhoti et al., CVPR 2023)
+
+
+class PatchEmbedder(nn.Module):
+    """The vision embedder e_v: patch tokens [..., D] -> [..., E], a residual block whose skip is a linear layer."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.linear_1 = nn.Linear(config.vision_width, config.embed_dim)
+        self.linear_2 = nn.Linear(config.embed_dim, config.embed_dim)
+        self.skip = nn.Linear(config.vision_width, config.embed_dim)
+
+    def forward(self, x):
+        return self.linear_2(F.relu(self.linear_1(x))) + self.skip(x)
+
+
+class PACL(nn.Module):
+    """A frozen CLIP, and an embedder that is trained until its patches point where the words of their captions do."""
+
+    def __init__(self, clip):
+        super().__init__()
+        self.config, self.clip = clip.config, clip.requires_grad_(False)
+        self.embedder = PatchEmbedder(clip.config)
+
+    def encode_text(self, text):
+        """[B, T] token ids -> [B, E], CLIP's own."""
+        return self.clip.encode_text(text)
+
+    def encode_image(self, image):
+        """[B, 3, H, W] -> ImageEncoding: CLIP's feature of the whole picture, and the embedded patches."""
+        x = self.clip.visual(image)  # [B, 1 + N, D], before ln_post and projection
+        return ImageEncoding(self.clip.visual.project(x[:, 0]), self.embedder(x[:, 1:]), None, None)
+
+    def draw_noise(self, batch, num_patches, generator=None):
+        """As SegCLIP's; here a step has no randomness."""
+        return {}
+
+    def forward(self, image, text, reconstruct=False):
+        """What pacl_loss needs. Only the embedder has gradients."""
+        with torch.no_grad():
+            tokens, text_features = self.clip.visual(image)[:, 1:], self.encode_text(text)
+        return {
+            "patches": self.embedder(tokens),  # [B, N, E]
+            "text_features": text_features,
+            "logit_scale": self.clip.logit_scale,
+            "patch_temperature": self.config.patch_temperature,
         }

@@ -56,7 +56,7 @@ from data import (
     raised,
 )
 from losses import contrastive_loss, total_loss
-from model import CLIP, Block, Config, DenseCLIP, SegCLIP
+from model import CLIP, PACL, Block, Config, DenseCLIP, SegCLIP
 
 # The embedded default. Two parts of the paper's model are left out of it, the cross-attention layers and the blocks after
 # the group module: with either, words end up on the wrong regions (the README has the numbers). They let each region see
@@ -103,6 +103,7 @@ RECIPES = {
         "crop_scale": 0.5,
     },
 }
+CLIP_OF_SCENES = "runs/clip/checkpoint.pt"  # where --method clip leaves it, and --method pacl looks for it
 SIZES = [field for field in dataclasses.fields(Config) if field.name != "vocab_size"]  # that one is the tokenizer's
 ADDED = ("first_stage_layers", "num_centers", "cross_layers", "gumbel_tau", "mask_ratio", "decoder_layers")
 # What the authors' program does not train when it starts from CLIP (the class token is not used at all).
@@ -128,9 +129,10 @@ def parse_args(argv=None):
     )
     run.add_argument(
         "--method",
-        choices=("segclip", "clip"),
+        choices=("segclip", "clip", "pacl"),
         default="segclip",
-        help="clip: the baseline, the same encoder and texts with CLIP's class token and its loss alone [%(default)s]",
+        help="clip: the baseline, the same encoder and texts with CLIP's class token and its loss alone; pacl: an embedder of the "
+        "patches of a frozen CLIP [%(default)s]",
     )
     run.add_argument(
         "--data",
@@ -234,6 +236,11 @@ def parse_args(argv=None):
     length = {name: defaults.pop(name, None) for name in ("steps", "epochs")}
     if first.from_scratch:
         defaults |= {"init": None, "freeze": False, "clip_lr": None}
+    if first.method == "pacl":
+        paper = first.recipe == "paper"
+        defaults |= {"output": "runs/pacl", "init": defaults.get("init", CLIP_OF_SCENES), "freeze": False, "clip_lr": None}
+        defaults |= {"weight_decay": 0.2, "reconstruction_weight": 0.0, "superpixel_weight": 0.0}
+        defaults |= {"lr": 5e-4, "batch_size": 4096, "warmup": 0.0} if paper else {}
     if first.method == "clip":
         lr = defaults.get("clip_lr") or defaults["lr"]  # all that it trains is CLIP's
         defaults |= {"output": "runs/clip", "lr": lr, "clip_lr": None, "reconstruction_weight": 0.0, "superpixel_weight": 0.0}
@@ -264,10 +271,13 @@ def check(args, world):
         raise InputError(f"--recipe {args.recipe} needs --data")
     if args.from_scratch and args.init:
         raise InputError("--from-scratch or --init, not both")
-    if args.method == "clip":
-        for name in (*ADDED, "clip_lr", "reconstruction_weight", "superpixel_weight"):
-            if getattr(args, name):
-                raise InputError(f"--method clip has no --{name.replace('_', '-')}")
+    others = (*ADDED, "clip_lr", "reconstruction_weight", "superpixel_weight")
+    others = {"segclip": (), "clip": others, "pacl": (*others, "from_scratch", "freeze")}[args.method]
+    for name in (*others, "patch_temperature") if args.method != "pacl" else others:
+        if getattr(args, name):
+            raise InputError(f"--method {args.method} has no --{name.replace('_', '-')}")
+    if args.method == "pacl" and args.accumulate > 1:
+        raise InputError("--accumulate: the loss of --method pacl works in chunks already")
 
 
 def check_resumed(state, args, path):
@@ -307,6 +317,10 @@ def build_model(args, vocab_size):
         if args.method == "clip":
             sizes["first_stage_layers"] = sizes["vision_layers"]  # there is no group module to come after some of them
             model = DenseCLIP(load_clip(args.init) if args.init else CLIP(Config(**sizes)))
+        elif args.method == "pacl":
+            clip = load_clip(args.init)
+            clip.config = dataclasses.replace(clip.config, patch_temperature=sizes["patch_temperature"])
+            model = PACL(clip)
         elif args.init is None:
             model = SegCLIP(Config(**sizes))
         else:
@@ -593,9 +607,26 @@ def make_loader(sources, tokenizer, config, args, rows, start, device):
     )
 
 
+def train_clip_of_scenes(args, world):
+    """What --method pacl needs if no --init is given, unless it is there -> whether it is now."""
+    if Path(CLIP_OF_SCENES).exists():
+        state = read_weights(CLIP_OF_SCENES)
+        if state["step"] == state["args"]["steps"]:
+            return True
+    if world > 1:
+        raise InputError(f"{CLIP_OF_SCENES}: not there, or not finished; make it with `python train.py --method clip`")
+    print(f"{CLIP_OF_SCENES} comes first: python train.py --method clip --resume", flush=True)
+    return main(
+        ["--method", "clip", "--resume", "--workers", str(args.workers), *(["--device", args.device] if args.device else [])]
+    )
+
+
 def main(argv=None):
-    args = parse_args(argv)
-    check(args, int(os.environ.get("WORLD_SIZE", 1)))
+    """-> whether all steps are done. Raises InputError."""
+    args, world = parse_args(argv), int(os.environ.get("WORLD_SIZE", 1))
+    check(args, world)
+    if args.method == "pacl" and args.init == CLIP_OF_SCENES and not train_clip_of_scenes(args, world):
+        return False
     rank, world, device = start_processes(args.device)  # each works on its rows of every batch
     if args.precision is None:
         known = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
@@ -703,6 +734,7 @@ def main(argv=None):
             print(watch.count_faults(done))
         stopped = f"; stopped at step {done} of {args.steps}: --resume goes on" if done < args.steps else ""
         print(f"wrote {path}{stopped}" if done > start or not resumed else f"{path}: all {done} steps are done already")
+    return done == args.steps
 
 
 def open_log(output, resumed_step):

@@ -37,7 +37,7 @@ from evaluate import (
     with_legend,
     word_colours,
 )
-from model import ImageEncoding, SegCLIP
+from model import CLIP, ImageEncoding, SegCLIP
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Windows
@@ -318,10 +318,11 @@ def test_what_an_analysis_finds_in_a_picture():
     settings = Settings("segclip", [["a"], ["b"], ["c"]], 1, 4, 4, 4, 1, None, None, None)
     model = argparse.Namespace(config=dataclasses.replace(TINY, patch_size=2))
     analysis = Analysis(3, model, None, torch.eye(3), torch.arange(3), settings)
-    analysis.add(Sample(None, label, "", ""), Result(label, regions, scores, torch.tensor([[0.0, 5, 1]])))
-    ceiling, grouped, named, purity, right, found, captions, number = analysis.summary().values()
+    result = np.array([[0, 0, 0, 1], [0, 0, 1, 1], [0, 0, 0, 0], [0, 0, 0, 1]], np.uint8)  # right in three patches of four
+    analysis.add(Sample(None, label, "", ""), Result(result, regions, scores, torch.tensor([[0.0, 5, 1]])))
+    ceiling, grouped, named, purity, patches, right, found, captions, number = analysis.summary().values()
     assert ceiling == 1
-    assert grouped == pytest.approx((8 / 12 + 4 / 8) / 2) and purity == 12 / 16
+    assert grouped == pytest.approx((8 / 12 + 4 / 8) / 2) and purity == 12 / 16 and patches == 3 / 4
     assert named == pytest.approx((1 + 0 + 0) / 3) and right == 0.5
     assert found == 0.5 and captions is None and number == 2
 
@@ -334,10 +335,27 @@ def test_analysis_of_a_checkpoint(checkpoint, tmp_path, capsys):
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     analysis = list(metrics.pop("analysis").values())
     assert metrics == plain
-    assert 0.5 < analysis[0] <= 1 and metrics["mIoU"] < analysis[1] and analysis[6] < 0.2
+    assert 0.5 < analysis[0] <= 1 and metrics["mIoU"] < analysis[1] and analysis[7] < 0.2
     assert "the ceiling" in capsys.readouterr().out
     run("--checkpoint", checkpoint, "--limit", 5, "--output", tmp_path / "unseen", "--dataset", "synthetic-unseen")
     assert json.loads((tmp_path / "unseen/metrics.json").read_text())["pictures"] == 5
+
+
+def test_the_stride_trick(checkpoint, tmp_path, capsys):
+    """At a patch's size it is none; below, the patches overlap, and their number is that of the places they can have."""
+    labels = {}
+    for name, flags in {"none": (), "8": ("--stride-trick", 8), "2": ("--stride-trick", 2)}.items():
+        run("--checkpoint", checkpoint, "--limit", 8, "--output", tmp_path / name, "--workers", 0, *flags)
+        labels[name] = [np.asarray(Image.open(path)) for path in sorted((tmp_path / f"{name}/predictions").glob("*.png"))]
+    assert all((a == b).all() for a, b in zip(labels["none"], labels["8"]))
+    assert any((a != b).any() for a, b in zip(labels["none"], labels["2"]))
+    for stride in (3, 16, 0):
+        with pytest.raises(InputError, match=f"--stride-trick {stride}: must divide 8"):
+            run("--checkpoint", checkpoint, "--output", tmp_path, "--stride-trick", stride)
+    visual = CLIP(TINY).visual
+    assert visual.grid(32, 48) == (4, 6) and visual(torch.zeros(1, 3, 32, 48)).shape[1] == 1 + 4 * 6
+    visual.conv1.stride = (2, 2)
+    assert visual.grid(32, 48) == (13, 21) and visual(torch.zeros(1, 3, 32, 48)).shape[1] == 1 + 13 * 21
 
 
 @pytest.mark.parametrize("flags", [("--analyse",), ("--image", "photo.jpg", "--words", "cat, dog")])

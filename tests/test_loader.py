@@ -20,7 +20,7 @@ from clip_loader import (
     save_checkpoint,
 )
 from conftest import TINY, assert_one_line, rebuild_weights
-from model import CLIP, DenseCLIP, SegCLIP
+from model import CLIP, PACL, DenseCLIP, SegCLIP
 
 
 def assert_same_weights(a, b):
@@ -210,6 +210,11 @@ def test_what_is_in_a_file_decides_how_it_is_read(tiny, tiny_clip, tmp_path):
     with pytest.raises(InputError) as error:
         load_clip(tmp_path / "segclip.pt")
     assert_one_line(error, tmp_path / "segclip.pt", "a SegCLIP")
+    with pytest.raises(InputError) as error:
+        load_model(tmp_path / "segclip.pt", "naclip")
+    assert_one_line(error, tmp_path / "segclip.pt", "--readout naclip is for a CLIP")
+    save_checkpoint(tmp_path / "pacl.pt", PACL(tiny_clip))
+    assert isinstance(load_model(tmp_path / "pacl.pt"), PACL)
 
 
 def test_the_authors_checkpoint_with_and_without_decoder(tmp_path, capsys):
@@ -218,7 +223,7 @@ def test_the_authors_checkpoint_with_and_without_decoder(tmp_path, capsys):
     path = tmp_path / "segclip.bin"
     torch.save(weights, path)
     model = load_segclip(path)
-    expected = {name: value for name, value in recipe["config"].items()}
+    expected = recipe["config"] | {"patch_temperature": 10}
     assert dataclasses.asdict(model.config) == expected
     assert capsys.readouterr().err == ""
     torch.save({name: tensor for name, tensor in weights.items() if not name.startswith("vis_mae")}, path)

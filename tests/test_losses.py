@@ -4,8 +4,10 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from losses import contrastive_loss, patchify, reconstruction_loss, superpixel_kl_loss, total_loss
+import losses
+from losses import compatibility, contrastive_loss, pacl_loss, patchify, reconstruction_loss, superpixel_kl_loss, total_loss
 
 
 def test_contrastive_loss_by_hand():
@@ -29,6 +31,31 @@ def test_temperature_is_learned_and_clamped_at_100():
     scale = torch.tensor(1.0, requires_grad=True)
     contrastive_loss(images, texts, scale).backward()
     assert scale.grad != 0
+
+
+def test_compatibility_by_hand():
+    """Two patches along the axes, of lengths 1 and 3; a text along the first axis, of any length."""
+    patches, text = torch.tensor([[[1.0, 0.0], [0.0, 3.0]]]), torch.tensor([[5.0, 0.0]])
+    a = math.exp(2) / (math.exp(2) + 1)  # softmax of twice the cosines 1 and 0
+    assert compatibility(patches, text, 2.0).item() == pytest.approx(a / math.hypot(a, 3 * (1 - a)))
+    assert compatibility(patches, text, 0.0).item() == pytest.approx(1 / math.hypot(1, 3))  # the mean of the patches
+
+
+@pytest.mark.parametrize("at_once", [1, 100, 2**22])
+def test_pacl_loss_is_that_of_every_pooled_vector(monkeypatch, at_once):
+    """Against the equations as they stand, with a vector for each pair of a picture and a text."""
+    monkeypatch.setattr(losses, "AT_ONCE", at_once)
+    generator = torch.Generator().manual_seed(0)
+    patches = torch.randn(6, 7, 5, generator=generator, requires_grad=True)
+    text, logit_scale = torch.randn(6, 5, generator=generator), torch.tensor(1.5)
+    t = F.normalize(text, dim=-1)
+    s = F.normalize(patches, dim=-1) @ t.T  # [B, N, B]
+    pooled = ((4.0 * s).softmax(dim=1)[..., None] * patches[:, :, None]).sum(dim=1)  # [B, B, E]
+    logits = logit_scale.exp() * (F.normalize(pooled, dim=-1) * t).sum(dim=-1)
+    naive = (F.cross_entropy(logits, torch.arange(6)) + F.cross_entropy(logits.T, torch.arange(6))) / 2
+    loss = pacl_loss(patches, text, logit_scale, 4.0)
+    assert loss.item() == pytest.approx(naive.item(), rel=1e-5)
+    torch.testing.assert_close(*(torch.autograd.grad(x, patches)[0] for x in (loss, naive)), rtol=1e-4, atol=1e-6)
 
 
 def test_superpixel_loss_by_hand():

@@ -448,6 +448,7 @@ def test_losses_that_are_left_out(tmp_path):
         ("--accumulate 3", "3 chunks"),
         ("--epochs 1", "--steps or --epochs"),
         ("--method clip", "--method clip has no --first-stage-layers"),
+        ("--patch-temperature 3", "--method segclip has no --patch-temperature"),
         ("--data nowhere.tar", "nowhere.tar"),
         ("--eval-every 1 --evaluate=--stride=999", "--stride 999"),
     ],
@@ -607,6 +608,26 @@ def test_the_baseline_trains_scores_and_is_a_start(tmp_path, monkeypatch, capsys
     start = run(tmp_path / "segclip", "--init", str(tmp_path / "clip/checkpoint.pt"), "--steps", "0")
     assert_equal(whole["model"], {name: start["model"][name] for name in whole["model"]})
     assert start["config"]["num_centers"] == 6 and start["merges"] == whole["merges"]
+
+
+def test_pacl_trains_the_embedder_of_a_frozen_clip(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(train.RECIPES["small"], "steps", 3)
+    torch.set_num_threads(THREADS)
+    assert train.main("--method pacl --steps 6 --batch-size 8 --workers 0 --save-every 3".split())
+    assert "python train.py --method clip" in capsys.readouterr().out  # which it needs, comes first
+    clip, end = (read_weights(f"runs/{name}/checkpoint.pt") for name in ("clip", "pacl"))
+    assert clip["step"] == 3 and end["step"] == 6
+    start = read_weights("runs/pacl/checkpoint.1.pt")["model"]
+    moved = {name.split(".")[0] for name in start if not torch.equal(start[name], end["model"][name])}
+    assert moved == {"embedder"}
+    assert_equal(clip["model"], {name: values for name, values in end["model"].items() if name.startswith("clip.")})
+    os.replace("runs/pacl/checkpoint.1.pt", "runs/pacl/checkpoint.pt")
+    assert train.main("--method pacl --steps 6 --batch-size 8 --workers 0 --save-every 3 --resume".split())
+    assert "comes first" not in capsys.readouterr().out
+    assert_equal(read_weights("runs/pacl/checkpoint.pt")["model"], end["model"])
+    train.evaluate.main("--checkpoint runs/pacl/checkpoint.pt --limit 3 --workers 0 --stride-trick 4 --refine pamr".split())
+    assert "over 3 pictures" in capsys.readouterr().out
 
 
 def test_scenes_that_are_prepared_once_change_nothing(tmp_path, monkeypatch, capsys):
