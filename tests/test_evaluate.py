@@ -154,8 +154,8 @@ class Stripes(torch.nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.clip = torch.nn.Module()
-        self.clip.logit_scale = torch.nn.Parameter(torch.tensor(3.0))
+        self.clip = CLIP(self.config)
+        torch.nn.init.constant_(self.clip.logit_scale, 3.0)
 
     def encode_image(self, image):
         bright = torch.nn.functional.avg_pool2d(image.mean(dim=1), 4).flatten(1)[..., None].sigmoid()
