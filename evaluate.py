@@ -53,6 +53,18 @@ from model import READOUTS
 
 SCENES = {"synthetic": "val", "synthetic-unseen": "unseen"}  # data sets that are drawn, and their split
 DEFAULT_CHECKPOINT = "runs/synthetic/checkpoint.pt"
+# What --compare compares: name: (checkpoint, read-out, command that makes it, mIoU in the papers with ViT-B/16).
+PUBLISHED_ON = ("VOC-21", "Context-60", "COCO-Object", "VOC-20", "Context-59", "COCO-Stuff", "ADE", "Cityscapes")
+_CLIP, _MAKE = "runs/clip/checkpoint.pt", "python train.py --method"
+COMPARED = {
+    "CLIP": (_CLIP, "clip", f"{_MAKE} clip", "- - - - - - - -"),
+    "MaskCLIP": (_CLIP, "maskclip", f"{_MAKE} clip", "43.4 23.2 20.6 74.9 26.4 16.7 11.9 24.9"),
+    "SCLIP": (_CLIP, "sclip", f"{_MAKE} clip", "59.1 30.4 30.5 80.4 34.2 22.4 16.1 32.2"),
+    "ClearCLIP": (_CLIP, "clearclip", f"{_MAKE} clip", "51.8 32.6 33.0 80.9 35.9 23.9 16.7 30.0"),
+    "NACLIP": (_CLIP, "naclip", f"{_MAKE} clip", "58.9 32.2 33.2 79.7 35.2 23.3 17.4 35.5"),
+    "PACL": ("runs/pacl/checkpoint.pt", "clip", f"{_MAKE} pacl", "- - - 72.3 50.1 38.8 31.4 -"),
+    "SegCLIP": (DEFAULT_CHECKPOINT, "clip", "python train.py", "52.6 24.7 26.5 - - - - -"),
+}
 PROTOCOLS_OWN = -1.0  # --background without a threshold
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -644,6 +656,11 @@ def parse_args(argv=None):
     what.add_argument("--image", help="one picture; writes an overlay, the labels and the regions")
     what.add_argument("--words", help='for --image and --images: "cat, grass, sky"')
     what.add_argument("--classes", help="text file: a class in each line, synonyms separated by commas; for all of the above")
+    what.add_argument(
+        "--compare",
+        action="store_true",
+        help="a table of CLIP, its read-outs, PACL and SegCLIP, as train.py left them in runs",
+    )
     what.add_argument("--limit", type=int, help="only the first LIMIT pictures [all]")
     what.add_argument("--seed", type=int, default=0, help="of the synthetic scenes [%(default)s]")
     model = parser.add_argument_group("the model")
@@ -756,6 +773,37 @@ def check(args, settings, patch):
 def main(argv=None):
     args = parse_args(argv)
     rank, world, device = start_processes(args.device)
+    if args.compare:
+        return compare(args, device)
+    metrics = label_and_score(args, rank, world, device)
+    if rank == 0 and metrics:
+        report(metrics)
+
+
+def compare(args, device):
+    """Score the models of the scenes one after the other, and print a table in Markdown. Raises InputError."""
+    if dist.is_initialized():
+        raise InputError("--compare is for one process; start it with python, not torchrun")
+    print(
+        f"| | mIoU on {args.dataset} | patches right | {' | '.join(PUBLISHED_ON)} |\n|---|---|---|{'---|' * len(PUBLISHED_ON)}"
+    )
+    for name, (checkpoint, readout, command, published) in COMPARED.items():
+        if not Path(checkpoint).exists():
+            raise InputError(f"{checkpoint}: not there yet; make it with `{command}`")
+        output = str(Path(args.output or "runs/compare", name.replace(" ", "-")))
+        its = argparse.Namespace(
+            **vars(args) | {"checkpoint": checkpoint, "readout": readout, "output": output, "analyse": True}
+        )
+        metrics = label_and_score(its, 0, 1, device)
+        patches = next(value for what, value in metrics["analysis"].items() if what.startswith("patches"))
+        print(
+            f"| {name} | {100 * metrics['mIoU']:.1f} % | {100 * patches:.1f} % | {' | '.join(published.split())} |",
+            flush=True,
+        )
+
+
+def label_and_score(args, rank, world, device):
+    """What the flags name, with the checkpoint that they name -> metrics, as evaluate. Raises InputError."""
     if args.checkpoint == DEFAULT_CHECKPOINT and not Path(DEFAULT_CHECKPOINT).exists():
         raise InputError(f"{DEFAULT_CHECKPOINT}: not there yet; make it with `python train.py`, or give --checkpoint FILE")
     path = fetch(args.checkpoint) if args.checkpoint in MODELS else args.checkpoint
@@ -767,9 +815,7 @@ def main(argv=None):
         )
     sha256 = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     origin = {"checkpoint": str(args.checkpoint), "checkpoint_sha256": sha256, "readout": args.readout}
-    metrics = evaluate(args, model, tokenizer, rank, world, origin)
-    if rank == 0 and metrics:
-        report(metrics)
+    return evaluate(args, model, tokenizer, rank, world, origin)
 
 
 def plan(args, config):

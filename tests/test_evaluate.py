@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 import evaluate
-from clip_loader import InputError, Tokenizer, save_checkpoint
+from clip_loader import InputError, Tokenizer, load_segclip, load_tokenizer, save_checkpoint
 from conftest import GOLDEN, TINY, recorder
 from data import BENCHMARKS, VOC, Sample, SyntheticScenes, resize_bilinear, voc_palette
 from evaluate import (
@@ -37,7 +37,7 @@ from evaluate import (
     with_legend,
     word_colours,
 )
-from model import CLIP, ImageEncoding, SegCLIP
+from model import CLIP, PACL, DenseCLIP, ImageEncoding, SegCLIP
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Windows
@@ -356,6 +356,32 @@ def test_the_stride_trick(checkpoint, tmp_path, capsys):
     assert visual.grid(32, 48) == (4, 6) and visual(torch.zeros(1, 3, 32, 48)).shape[1] == 1 + 4 * 6
     visual.conv1.stride = (2, 2)
     assert visual.grid(32, 48) == (13, 21) and visual(torch.zeros(1, 3, 32, 48)).shape[1] == 1 + 13 * 21
+
+
+def test_comparison(checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    model, merges = load_segclip(checkpoint), load_tokenizer(checkpoint).merges
+    save_checkpoint(tmp_path / "runs/clip/checkpoint.pt", DenseCLIP(model.clip), merges=merges)
+    with pytest.raises(InputError, match="python train.py --method pacl"):
+        run("--compare", "--limit", 5, "--workers", 0)
+    save_checkpoint(tmp_path / "runs/pacl/checkpoint.pt", PACL(model.clip), merges=merges)
+    save_checkpoint(tmp_path / "runs/synthetic/checkpoint.pt", model, merges=merges)
+    capsys.readouterr()
+    run("--compare", "--limit", 5, "--workers", 0)
+    head, rule, *rows = capsys.readouterr().out.splitlines()
+    assert [row.split("|")[1].strip() for row in rows] == [
+        "CLIP",
+        "MaskCLIP",
+        "SCLIP",
+        "ClearCLIP",
+        "NACLIP",
+        "PACL",
+        "SegCLIP",
+    ]
+    assert {row.count("|") for row in (head, rule, *rows)} == {12}
+    for row in rows:  # each of these is its own run, with its own settings
+        metrics = json.loads((tmp_path / "runs/compare" / row.split("|")[1].strip() / "metrics.json").read_text())
+        assert f"| {100 * metrics['mIoU']:.1f} % |" in row and metrics["readout"] in row.lower() + " clip"
 
 
 @pytest.mark.parametrize("flags", [("--analyse",), ("--image", "photo.jpg", "--words", "cat, dog")])
