@@ -5,7 +5,6 @@ import math
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
 
 class GatherRows(torch.autograd.Function):
@@ -44,7 +43,7 @@ def contrastive_loss(image_features, text_features, logit_scale):
     return (i2t + t2i) / 2  # Eq. 8
 
 
-AT_ONCE = 2**22  # numbers; 16 MiB in float32 for each of the [size, N, B] tensors below
+AT_ONCE = 2**21  # numbers; 8 MiB in float32 for each of the [size, N, B] tensors below
 
 
 def compatibility(patches, text, temperature):
@@ -53,10 +52,34 @@ def compatibility(patches, text, temperature):
     s, the cosine of each patch with the text, weighs the patches, a = softmax(temperature * s) over them; phi is the cosine
     of the text with the sum of the patches so weighted. (The slides do not tell the temperature; Config has others' choice.)
     """
-    text = F.normalize(text, dim=-1)
-    size = max(1, AT_ONCE // (patches.shape[1] * len(text)))  # pictures
-    parts = [checkpoint(compatibility_of_few, few, text, temperature, use_reentrant=False) for few in patches.split(size)]
-    return torch.cat(parts)
+    return Compatibility.apply(patches, F.normalize(text, dim=-1), temperature)
+
+
+class Compatibility(torch.autograd.Function):
+    """A few pictures at a time; what the gradient needs of them is computed again when it is asked for."""
+
+    @staticmethod
+    def parts(patches, text):
+        return patches.split(max(1, AT_ONCE // (patches.shape[1] * len(text))))
+
+    @staticmethod
+    def forward(ctx, patches, text, temperature):
+        ctx.save_for_backward(patches, text)
+        ctx.temperature = temperature
+        return torch.cat([compatibility_of_few(few, text, temperature) for few in Compatibility.parts(patches, text)])
+
+    @staticmethod
+    def backward(ctx, gradient):
+        patches, text = ctx.saved_tensors
+        g_patches, g_text = torch.empty_like(patches), torch.zeros_like(text)
+        first, text = 0, text.detach().requires_grad_()
+        for few in Compatibility.parts(patches, text):
+            rows, few = slice(first, first + len(few)), few.detach().requires_grad_()
+            with torch.enable_grad():
+                phi = compatibility_of_few(few, text, ctx.temperature)
+            g_patches[rows], g = torch.autograd.grad(phi, (few, text), gradient[rows])
+            first, g_text = rows.stop, g_text + g
+        return g_patches, g_text, None
 
 
 def compatibility_of_few(patches, text, temperature):

@@ -3,12 +3,14 @@
 python tests/benchmark.py evaluate      labelling photographs with a ViT-B/16 of random weights
 python tests/benchmark.py train         a step of the paper's recipe: on a CPU, 8 pairs; on a GPU, 256 to 1,024
 python tests/benchmark.py loader        pairs per second and core, from tar shards of photographs
+python tests/benchmark.py pacl          the loss over all pairs of a batch of 512, against every pooled vector
 """
 
 import argparse
 import contextlib
 import copy
 import io
+import multiprocessing
 import resource
 import statistics
 import sys
@@ -34,6 +36,7 @@ import train
 from clip_loader import Tokenizer
 from data import Batches, SegmentationFolder, TrainingPairs, collate
 from evaluate import Seen, Segmenter, Settings
+from losses import pacl_loss
 from model import Config, SegCLIP
 
 PHOTOGRAPHS = Path(__file__).parent / "golden/pipeline/voc_like"
@@ -366,12 +369,52 @@ def stages(shards, count):
     print("  milliseconds a pair: " + ", ".join(f"{name} {value:.2f}" for name, value in shares.items()))
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# pacl
+
+
+def naive_pacl_loss(patches, text, logit_scale, temperature):
+    """PACL's loss as its equations stand, with the pooled vector of each pair of a picture and a text: [B, B, E]."""
+    t = F.normalize(text, dim=-1)
+    a = (temperature * F.normalize(patches, dim=-1) @ t.T).softmax(dim=1)  # [B, N, B]
+    pooled = a.transpose(1, 2) @ patches  # [B, B, E]
+    logits = logit_scale.exp() * (F.normalize(pooled, dim=-1) * t).sum(dim=-1)
+    target = torch.arange(len(text))
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+def measure_pacl(way, batch=512, num_patches=196, width=512):
+    """In a process of its own -> seconds, GiB beyond what the patches and their gradient take, loss."""
+    generator = torch.Generator().manual_seed(0)
+    patches = torch.randn(batch, num_patches, width, generator=generator, requires_grad=True)
+    text, scale = torch.randn(batch, width, generator=generator), torch.tensor(3.0)
+    patches.grad = torch.zeros_like(patches)
+    before, start = peak_memory(), time.perf_counter()
+    loss = {"naive": naive_pacl_loss, "losses.py": pacl_loss}[way](patches, text, scale, 10.0)
+    loss.backward()
+    return time.perf_counter() - start, peak_memory() - before, loss.item()
+
+
+def pacl(args):
+    results = {"naive": [], "losses.py": []}
+    for _ in range(args.rounds):
+        for way, measured in results.items():
+            with multiprocessing.get_context("spawn").Pool(1) as pool:
+                measured.append(pool.apply(measure_pacl, [way]))
+    print("PACL's loss and its gradient, 512 pictures of 196 patches against 512 texts, 512 numbers each")
+    medians = {way: [statistics.median(values) for values in zip(*measured)] for way, measured in results.items()}
+    for way, (seconds, memory, loss) in medians.items():
+        print(f"  {way:>9}: {seconds:.2f} s, {memory:.2f} GiB, loss {loss:.6f}")
+    (time_1, memory_1, _), (time_2, memory_2, _) = medians.values()
+    print(f"  {memory_1 / memory_2:.1f} times less memory, {time_1 / time_2:.2f} times as fast")
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("what", choices=["evaluate", "train", "loader"])
+    parser.add_argument("what", choices=["evaluate", "train", "loader", "pacl"])
     parser.add_argument("--rounds", type=int, default=5, help="measured runs of each way [%(default)s]")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="of train [%(default)s]")
     parser.add_argument("--batch-sizes", type=int, nargs="+", help="of train [cpu: 8; cuda: 256 512 768 1024]")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="train without torch.compile too")
     args = parser.parse_args()
-    {"evaluate": evaluate, "train": train_step, "loader": loader}[args.what](args)
+    {"evaluate": evaluate, "train": train_step, "loader": loader, "pacl": pacl}[args.what](args)

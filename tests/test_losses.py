@@ -47,7 +47,7 @@ def test_pacl_loss_is_that_of_every_pooled_vector(monkeypatch, at_once):
     monkeypatch.setattr(losses, "AT_ONCE", at_once)
     generator = torch.Generator().manual_seed(0)
     patches = torch.randn(6, 7, 5, generator=generator, requires_grad=True)
-    text, logit_scale = torch.randn(6, 5, generator=generator), torch.tensor(1.5)
+    text, logit_scale = torch.randn(6, 5, generator=generator, requires_grad=True), torch.tensor(1.5)
     t = F.normalize(text, dim=-1)
     s = F.normalize(patches, dim=-1) @ t.T  # [B, N, B]
     pooled = ((4.0 * s).softmax(dim=1)[..., None] * patches[:, :, None]).sum(dim=1)  # [B, B, E]
@@ -55,7 +55,8 @@ def test_pacl_loss_is_that_of_every_pooled_vector(monkeypatch, at_once):
     naive = (F.cross_entropy(logits, torch.arange(6)) + F.cross_entropy(logits.T, torch.arange(6))) / 2
     loss = pacl_loss(patches, text, logit_scale, 4.0)
     assert loss.item() == pytest.approx(naive.item(), rel=1e-5)
-    torch.testing.assert_close(*(torch.autograd.grad(x, patches)[0] for x in (loss, naive)), rtol=1e-4, atol=1e-6)
+    gradients = [torch.autograd.grad(x, (patches, text)) for x in (loss, naive)]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
 
 
 def test_superpixel_loss_by_hand():
