@@ -1,7 +1,7 @@
 """From bytes, on disk or on the web, to a tokenizer, weights and models.
 
-Three kinds of checkpoint are read: OpenAI's CLIP archives, the SegCLIP authors' release, and our own. All of them are
-data to us: nothing that a file holds is ever executed as Python.
+Four kinds of checkpoint are read: OpenAI's CLIP archives, the SegCLIP authors' release, DINO's, and our own. All of them
+are data to us: nothing that a file holds is ever executed as Python.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ import regex
 import torch
 import torch.distributed as dist
 
-from model import CLIP, PACL, Config, DenseCLIP, SegCLIP
+from model import CLIP, DINO, PACL, Config, DenseCLIP, SegCLIP
 
 
 class InputError(Exception):
@@ -251,6 +251,7 @@ for _name, _sha256 in {
 }.items():
     _file = _name.replace("/", "-").replace("@", "-") + ".pt"
     DOWNLOADS[_name] = _sha256, _file, f"https://openaipublic.azureedge.net/clip/models/{_sha256}/{_file}"
+DINO_ADDRESS = "https://dl.fbaipublicfiles.com/dino/dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth"
 MODELS = [name for name in DOWNLOADS if name != VOCABULARY]
 VOCABULARY_ADVICE = f"get it from {DOWNLOADS[VOCABULARY][2]} and point to it with --vocabulary FILE"
 
@@ -415,25 +416,32 @@ def count_layers(state, prefix):
     return len({name[len(prefix) :].split(".")[0] for name in state if name.startswith(prefix)})
 
 
+def vision_sizes(state, prefix):
+    """The sizes of an image encoder, from the shapes in a state dict with OpenAI's names."""
+    width, _, patch_size, _ = state[f"{prefix}conv1.weight"].shape
+    num_positions = state[f"{prefix}positional_embedding"].shape[0]
+    return {
+        "image_size": patch_size * math.isqrt(num_positions - 1),
+        "patch_size": patch_size,
+        "vision_width": width,
+        "vision_layers": count_layers(state, f"{prefix}transformer.resblocks."),
+    }
+
+
 def clip_config(state, source):
     """The architecture, from the shapes in a state dict with OpenAI's names."""
     if "visual.layer1.0.conv1.weight" in state:
         raise InputError(f"{source}: a CLIP with a ResNet; only those with a ViT are supported")
     try:
-        width, _, patch_size, _ = state["visual.conv1.weight"].shape
-        num_positions = state["visual.positional_embedding"].shape[0]
-        vision_layers = count_layers(state, "visual.transformer.resblocks.")
+        sizes = vision_sizes(state, "visual.")
         return Config(
-            image_size=patch_size * math.isqrt(num_positions - 1),
-            patch_size=patch_size,
-            vision_width=width,
-            vision_layers=vision_layers,
+            **sizes,
             embed_dim=state["text_projection"].shape[1],
             context_length=state["positional_embedding"].shape[0],
             vocab_size=state["token_embedding.weight"].shape[0],
             text_width=state["ln_final.weight"].shape[0],
             text_layers=count_layers(state, "transformer.resblocks."),
-            first_stage_layers=max(vision_layers - 2, 0),  # as in the paper, if a SegCLIP is made of it
+            first_stage_layers=max(sizes["vision_layers"] - 2, 0),  # as in the paper, if a SegCLIP is made of it
         )
     except KeyError as error:
         raise InputError(f"{source}: not a CLIP: no parameter named {error}") from None
@@ -470,6 +478,10 @@ def load_clip(name_or_path):
 def clip_from_state(state, source, config=None):
     if is_segclip(state):
         raise InputError(f"{source}: a SegCLIP, where a CLIP is needed")
+    if config and "embedder.skip.weight" in state:
+        raise InputError(f"{source}: a PACL, where a CLIP is needed")
+    if is_dino(state):
+        raise InputError(f"{source}: a DINO, where a CLIP is needed; a DINO is for train.py --method pacl --image-encoder")
     if config:
         state = {name.removeprefix("clip."): tensor for name, tensor in state.items()}
     sizes = ("input_resolution", "context_length", "vocab_size")  # in OpenAI's archives; the shapes tell the same
@@ -477,6 +489,14 @@ def clip_from_state(state, source, config=None):
     return load_strictly(CLIP(config or clip_config(state, source)), state, source)
 
 
+# The names in the blocks of a ViT that comes from timm, as MAE's decoder and DINO do, and ours.
+TIMM_NAMES = [
+    (r"^((?:decoder\.)?blocks\.\d+)\.norm(\d)\.", r"\1.ln_\2."),
+    (r"^((?:decoder\.)?blocks\.\d+)\.attn\.qkv\.", r"\1.attn.in_proj_"),
+    (r"^((?:decoder\.)?blocks\.\d+)\.attn\.proj\.", r"\1.attn.out_proj."),
+    (r"^((?:decoder\.)?blocks\.\d+)\.mlp\.fc1\.", r"\1.mlp.c_fc."),
+    (r"^((?:decoder\.)?blocks\.\d+)\.mlp\.fc2\.", r"\1.mlp.c_proj."),
+]
 # The authors' names and ours, in the order in which they are replaced.
 AUTHORS_NAMES = [
     (r"^clip\.visual\.transformer\.layers0\.", r"clip.visual.transformer.resblocks."),
@@ -495,12 +515,23 @@ AUTHORS_NAMES = [
     (r"^group\.proj_o\.mlp\.fc2\.", r"group.mlp.c_proj."),
     (r"^vis_mae_decoder\.(decoder_)?", r"decoder."),
     (r"^decoder\.pred\.", r"decoder.pixels."),
-    (r"^(decoder\.blocks\.\d+)\.norm(\d)\.", r"\1.ln_\2."),
-    (r"^(decoder\.blocks\.\d+)\.attn\.qkv\.", r"\1.attn.in_proj_"),
-    (r"^(decoder\.blocks\.\d+)\.attn\.proj\.", r"\1.attn.out_proj."),
-    (r"^(decoder\.blocks\.\d+)\.mlp\.fc1\.", r"\1.mlp.c_fc."),
-    (r"^(decoder\.blocks\.\d+)\.mlp\.fc2\.", r"\1.mlp.c_proj."),
+    *TIMM_NAMES,
 ]
+DINO_NAMES = [  # likewise
+    (r"^(module\.)?(backbone\.)?", r""),  # of a whole teacher
+    (r"^cls_token$", r"class_embedding"),
+    (r"^pos_embed$", r"positional_embedding"),
+    (r"^patch_embed\.proj\.", r"conv1."),
+    (r"^norm\.", r"ln_post."),
+    *TIMM_NAMES,
+    (r"^blocks\.", r"transformer.resblocks."),
+]
+
+
+def rename(name, names):
+    for pattern, replacement in names:
+        name = regex.sub(pattern, replacement, name)
+    return name
 
 
 def from_authors(state):
@@ -512,9 +543,7 @@ def from_authors(state):
             continue
         if match := regex.match(r"clip\.visual\.transformer\.layers2\.(\d+)\.", name):
             name = f"clip.visual.transformer.resblocks.{first_stage + int(match[1])}.{name[match.end() :]}"
-        for pattern, replacement in AUTHORS_NAMES:
-            name = regex.sub(pattern, replacement, name)
-        renamed[name] = tensor
+        renamed[rename(name, AUTHORS_NAMES)] = tensor
     return renamed, first_stage
 
 
@@ -543,7 +572,8 @@ def load_model(name_or_path, readout="clip"):
             f"{name_or_path}: --readout {readout} is for a CLIP, and this is a {'PACL' if is_pacl else 'SegCLIP'}"
         )
     if is_pacl:
-        return load_strictly(PACL(CLIP(config)), state, name_or_path)
+        dino = {name.removeprefix("dino."): tensor for name, tensor in state.items() if name.startswith("dino.")}
+        return load_strictly(PACL(CLIP(config), dino_of(dino, name_or_path) if dino else None), state, name_or_path)
     return segclip_from_state(state, name_or_path, config)
 
 
@@ -576,6 +606,48 @@ def segclip_from_clip(clip, source, sizes):
     state = {f"clip.{name}": tensor for name, tensor in clip.state_dict().items()}
     new = ["group.", "reconstruction_layer.", "reconstruction_blocks.", "decoder."]
     return load_strictly(SegCLIP(dataclasses.replace(clip.config, **sizes)), state, source, new)
+
+
+def is_dino(state):
+    """Whether these are weights of DINO by its own names, or its training's dictionary of student and teacher."""
+    return any(str(name).endswith("patch_embed.proj.weight") for name in (*state, *dino_teacher(state)))
+
+
+def dino_teacher(state):
+    return state["teacher"] if isinstance(state.get("teacher"), dict) else state
+
+
+def dino_of(state, source):
+    """A DINO of the sizes that the shapes in a state dict with our names have; its weights are not loaded."""
+    try:
+        return DINO(Config(**vision_sizes(state, ""), first_stage_layers=0))
+    except KeyError as error:
+        raise InputError(f"{source}: not a DINO: no parameter named {error}") from None
+    except (ValueError, IndexError, AttributeError) as error:
+        raise InputError(f"{source}: not the architecture of a DINO ({error})") from None
+
+
+def load_dino(path):
+    """-> DINO in float32, from the state dict that its authors publish, dino_vitbase16_pretrain.pth, or one of a teacher with
+    its head. No checksum of them is published, so there is no name to fetch it by. Raises InputError.
+
+    (What DINO's training saves holds its flags as a Python object, and is refused; save its "teacher" alone.)
+    """
+    if not Path(path).exists():
+        raise InputError(f"{path}: no such file; DINO ViT-B/16 is at {DINO_ADDRESS}")
+    state, config = read_model(path)
+    if config or any(name.startswith(("visual.", "clip.")) for name in state):
+        raise InputError(f"{path}: a CLIP, or made of one, where a DINO is needed; a CLIP is for --init")
+    if not is_dino(state):
+        raise InputError(f"{path}: not a DINO: no parameter named patch_embed.proj.weight; it is at {DINO_ADDRESS}")
+    renamed = {}
+    for name, tensor in dino_teacher(state).items():
+        name = rename(str(name), DINO_NAMES)
+        if name in ("class_embedding", "positional_embedding") and isinstance(tensor, torch.Tensor):
+            tensor = tensor.squeeze()  # [1, 1, D] -> [D], [1, 1 + N, D] -> [1 + N, D]
+        if not name.startswith("head."):
+            renamed[name] = tensor
+    return load_strictly(dino_of(renamed, path), renamed, path)
 
 
 def save_checkpoint(path, model, keep=1, **others):

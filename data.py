@@ -31,9 +31,7 @@ from skimage.segmentation import felzenszwalb
 from torch.utils.data import DataLoader
 
 from clip_loader import InputError, cache_dir, first_line, make_folder, run_program
-
-IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training pictures
-IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
+from model import IMAGE_MEAN, IMAGE_STD
 
 
 class Sample(NamedTuple):

@@ -332,7 +332,7 @@ class Segmenter:
 
     def encode(self, crops):
         """[n, 3, window, window] -> ImageEncoding of all, batch by batch, and the rows and columns of patches."""
-        visual, window = self.model.clip.visual, crops.shape[-1]
+        visual, window = getattr(self.model, "visual", self.model.clip.visual), crops.shape[-1]  # PACL's may be a DINO
         conv1, own = visual.conv1, visual.conv1.stride
         conv1.stride = (self.settings.stride_trick,) * 2 if self.settings.stride_trick else own
         with torch.autocast(crops.device.type, torch.bfloat16, enabled=self.bf16):

@@ -17,6 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training pictures
+IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
+
 
 @dataclass
 class Config:
@@ -572,26 +575,65 @@ class DenseCLIP(nn.Module):
 # PACL (Mukhoti et al., CVPR 2023)
 
 
+class DINO(VisionTransformer):
+    """DINO's image encoder (Caron et al., ICCV 2021), trained on pictures alone. It is CLIP's, with CLIP's parameter names, but
+    for what is replaced here. Its position grid is stretched to exactly the size that is asked for; DINO's own program adds
+    0.1 patches to that size, and so gives slightly other positions for pictures that are not of the size it was trained on."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.conv1 = nn.Conv2d(3, config.vision_width, config.patch_size, config.patch_size)  # with a bias
+        self.ln_pre, self.proj = nn.Identity(), None
+        for module in self.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.eps = 1e-6
+            elif isinstance(module, MLP):
+                module.gelu = nn.GELU()
+        clip_mean, clip_std, mean, std = (
+            torch.tensor(values).view(3, 1, 1)
+            for values in (IMAGE_MEAN, IMAGE_STD, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # the last two: ImageNet's
+        )
+        self.register_buffer("scale", clip_std / std, persistent=False)
+        self.register_buffer("shift", (clip_mean - mean) / std, persistent=False)
+
+    def forward(self, image):
+        """[B, 3, H, W], normalised for CLIP -> [B, 1 + N, D] after the last block and its norm, as DINO's program gives them."""
+        return self.ln_post(super().forward(image * self.scale + self.shift))
+
+
 class PatchEmbedder(nn.Module):
     """The vision embedder e_v: patch tokens [..., D] -> [..., E], a residual block whose skip is a linear layer."""
 
-    def __init__(self, config):
+    def __init__(self, width, embed_dim):
         super().__init__()
-        self.linear_1 = nn.Linear(config.vision_width, config.embed_dim)
-        self.linear_2 = nn.Linear(config.embed_dim, config.embed_dim)
-        self.skip = nn.Linear(config.vision_width, config.embed_dim)
+        self.linear_1 = nn.Linear(width, embed_dim)
+        self.linear_2 = nn.Linear(embed_dim, embed_dim)
+        self.skip = nn.Linear(width, embed_dim)
 
     def forward(self, x):
         return self.linear_2(F.relu(self.linear_1(x))) + self.skip(x)
 
 
 class PACL(nn.Module):
-    """A frozen CLIP, and an embedder that is trained until its patches point where the words of their captions do."""
+    """A frozen CLIP, and an embedder that is trained until its patches point where the words of their captions do.
 
-    def __init__(self, clip):
+    dino: a DINO, frozen too, whose patches are embedded in place of CLIP's.
+    """
+
+    def __init__(self, clip, dino=None):
         super().__init__()
+        if dino and dino.patch_size != clip.config.patch_size:  # one number says in all of this project what a patch is
+            raise ValueError(
+                f"DINO has patches of {dino.patch_size} pixels, CLIP of {clip.config.patch_size}: take two that agree"
+            )
         self.config, self.clip = clip.config, clip.requires_grad_(False)
-        self.embedder = PatchEmbedder(clip.config)
+        self.dino = dino and dino.requires_grad_(False)
+        self.embedder = PatchEmbedder(self.visual.conv1.out_channels, clip.config.embed_dim)
+
+    @property
+    def visual(self):
+        """The image encoder whose patches are embedded."""
+        return self.dino or self.clip.visual
 
     def encode_text(self, text):
         """[B, T] token ids -> [B, E], CLIP's own."""
@@ -600,7 +642,8 @@ class PACL(nn.Module):
     def encode_image(self, image):
         """[B, 3, H, W] -> ImageEncoding: CLIP's feature of the whole picture, and the embedded patches."""
         x = self.clip.visual(image)  # [B, 1 + N, D], before ln_post and projection
-        return ImageEncoding(self.clip.visual.project(x[:, 0]), self.embedder(x[:, 1:]), None, None)
+        tokens = self.dino(image) if self.dino else x
+        return ImageEncoding(self.clip.visual.project(x[:, 0]), self.embedder(tokens[:, 1:]), None, None)
 
     def draw_noise(self, batch, num_patches, generator=None):
         """As SegCLIP's; here a step has no randomness."""
@@ -609,7 +652,7 @@ class PACL(nn.Module):
     def forward(self, image, text, reconstruct=False):
         """What pacl_loss needs. Only the embedder has gradients."""
         with torch.no_grad():
-            tokens, text_features = self.clip.visual(image)[:, 1:], self.encode_text(text)
+            tokens, text_features = self.visual(image)[:, 1:], self.encode_text(text)
         return {
             "patches": self.embedder(tokens),  # [B, N, E]
             "text_features": text_features,

@@ -34,6 +34,7 @@ from clip_loader import (
     git_revision,
     last_checkpoint,
     load_clip,
+    load_dino,
     load_model,
     load_segclip,
     load_tokenizer,
@@ -182,6 +183,12 @@ def parse_args(argv=None):
     recipe = parser.add_argument_group("the recipe")
     recipe.add_argument("--init", metavar="MODEL", help="weights to start from: ViT-B/16, a CLIP, a SegCLIP [%(default)s]")
     recipe.add_argument(
+        "--image-encoder",
+        metavar="FILE",
+        help="pacl: embed the patches of a DINO, dino_vitbase16_pretrain.pth; for the paper's Table 3, where CLIP's do better "
+        "[CLIP's]",
+    )
+    recipe.add_argument(
         "--from-scratch", action="store_true", help="no --init, and with it no --freeze and no --clip-lr by default"
     )
     recipe.add_argument(
@@ -273,7 +280,7 @@ def check(args, world):
         raise InputError("--from-scratch or --init, not both")
     others = (*ADDED, "clip_lr", "reconstruction_weight", "superpixel_weight")
     others = {"segclip": (), "clip": others, "pacl": (*others, "from_scratch", "freeze")}[args.method]
-    for name in (*others, "patch_temperature") if args.method != "pacl" else others:
+    for name in (*others, "patch_temperature", "image_encoder") if args.method != "pacl" else others:
         if getattr(args, name):
             raise InputError(f"--method {args.method} has no --{name.replace('_', '-')}")
     if args.method == "pacl" and args.accumulate > 1:
@@ -320,7 +327,7 @@ def build_model(args, vocab_size):
         elif args.method == "pacl":
             clip = load_clip(args.init)
             clip.config = dataclasses.replace(clip.config, patch_temperature=sizes["patch_temperature"])
-            model = PACL(clip)
+            model = PACL(clip, load_dino(args.image_encoder) if args.image_encoder else None)
         elif args.init is None:
             model = SegCLIP(Config(**sizes))
         else:

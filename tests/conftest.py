@@ -100,6 +100,22 @@ def tiny_clip():
 
 
 @pytest.fixture
+def dino_state():
+    """A DINO of the tiny CLIP's patches and another size, under the names of the published file; weights that all matter."""
+    generator, width, shapes = torch.Generator().manual_seed(1), 128, {}
+    shapes |= {"cls_token": (1, 1, width), "pos_embed": (1, 1 + 6 * 6, width), "patch_embed.proj.weight": (width, 3, 8, 8)}
+    shapes |= {"patch_embed.proj.bias": (width,)}
+    sizes = {"attn.qkv": (3 * width, width), "attn.proj": (width, width), "mlp.fc1": (4 * width, width)}
+    for i in range(2):
+        shapes |= {f"blocks.{i}.norm{n}.{x}": (width,) for n in (1, 2) for x in ("weight", "bias")}
+        for name, (rows, columns) in (sizes | {"mlp.fc2": (width, 4 * width)}).items():
+            shapes |= {f"blocks.{i}.{name}.weight": (rows, columns), f"blocks.{i}.{name}.bias": (rows,)}
+    shapes |= {"norm.weight": (width,), "norm.bias": (width,)}
+    # Small patches beside small positions, so that LayerNorm's epsilon matters.
+    return {name: (0.002 if "embed" in name else 0.1) * torch.randn(x, generator=generator) for name, x in shapes.items()}
+
+
+@pytest.fixture
 def tiny():
     torch.manual_seed(0)
     return SegCLIP(TINY)

@@ -13,6 +13,7 @@ from clip_loader import (
     InputError,
     Tokenizer,
     load_clip,
+    load_dino,
     load_model,
     load_segclip,
     load_tokenizer,
@@ -215,6 +216,60 @@ def test_what_is_in_a_file_decides_how_it_is_read(tiny, tiny_clip, tmp_path):
     assert_one_line(error, tmp_path / "segclip.pt", "--readout naclip is for a CLIP")
     save_checkpoint(tmp_path / "pacl.pt", PACL(tiny_clip))
     assert isinstance(load_model(tmp_path / "pacl.pt"), PACL)
+    with pytest.raises(InputError) as error:
+        load_clip(tmp_path / "pacl.pt")
+    assert_one_line(error, tmp_path / "pacl.pt", "a PACL, where a CLIP is needed")
+
+
+def test_dino_as_published_as_a_teacher_and_in_a_pacl(tiny_clip, dino_state, tmp_path):
+    torch.save(dino_state, tmp_path / "dino.pth")
+    dino = load_dino(tmp_path / "dino.pth")
+    teacher = {f"backbone.{name}": tensor for name, tensor in dino_state.items()} | {"head.mlp.0.weight": torch.zeros(1)}
+    torch.save({"teacher": teacher, "epoch": 3}, tmp_path / "teacher.pth")
+    assert_same_weights(load_dino(tmp_path / "teacher.pth"), dino)
+    assert sum(tensor.numel() for tensor in dino.state_dict().values()) == sum(x.numel() for x in dino_state.values())
+    pacl = PACL(tiny_clip, dino).eval()
+    save_checkpoint(tmp_path / "pacl.pt", pacl)
+    again = load_model(tmp_path / "pacl.pt").eval()
+    assert_same_weights(again, pacl)
+    image = torch.randn(2, 3, 32, 32)
+    assert torch.equal(again.encode_image(image).regions, pacl.encode_image(image).regions)
+
+
+def test_dino_and_clip_in_each_others_place(tiny, tiny_clip, dino_state, tmp_path):
+    torch.save(dino_state, tmp_path / "dino.pth")
+    torch.save({"teacher": dino_state}, tmp_path / "teacher.pth")
+    for name in ("dino.pth", "teacher.pth"):
+        for load in (load_clip, load_model, load_segclip):
+            with pytest.raises(InputError) as error:
+                load(tmp_path / name)
+            assert_one_line(error, tmp_path / name, "a DINO, where a CLIP is needed", "--image-encoder")
+    torch.save(openai_state(tiny_clip), tmp_path / "clip.pt")
+    save_checkpoint(tmp_path / "segclip.pt", tiny)
+    for name in ("clip.pt", "segclip.pt"):
+        with pytest.raises(InputError) as error:
+            load_dino(tmp_path / name)
+        assert_one_line(error, tmp_path / name, "a CLIP, or made of one, where a DINO is needed", "--init")
+
+
+def test_a_file_that_is_no_dino(dino_state, tmp_path):
+    path = tmp_path / "dino.pth"
+    with pytest.raises(InputError) as error:
+        load_dino(path)
+    assert_one_line(error, path, "no such file", clip_loader.DINO_ADDRESS)
+    faults = {"patch_embed.proj.weight": torch.zeros(128, 3), "pos_embed": 3}
+    for state in ({"fc.weight": torch.zeros(1)}, {"teacher": 3}, *(dino_state | {name: x} for name, x in faults.items())):
+        torch.save(state, path)
+        with pytest.raises(InputError) as error:
+            load_dino(path)
+        assert_one_line(error, path, "DINO")
+    state = dino_state | {"stranger": torch.zeros(1), "norm.bias": torch.zeros(7)}
+    del state["cls_token"], state["blocks.1.attn.qkv.bias"]
+    torch.save(state, path)
+    with pytest.raises(InputError) as error:
+        load_dino(path)
+    missing = ("missing class_embedding", "missing transformer.resblocks.1.attn.in_proj_bias")
+    assert_one_line(error, path, *missing, "unexpected stranger", "ln_post.bias is [7], not [128]")
 
 
 def test_the_authors_checkpoint_with_and_without_decoder(tmp_path, capsys):

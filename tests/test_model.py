@@ -5,9 +5,13 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from conftest import TINY
-from model import CLIP, READOUTS, Config, DenseCLIP, SegCLIP, assign_patches, sincos_positions
+from clip_loader import load_dino
+from conftest import TINY, assert_close
+from data import normalise
+from losses import total_loss
+from model import CLIP, PACL, READOUTS, Config, DenseCLIP, SegCLIP, assign_patches, sincos_positions
 
 
 def one(noise, i):
@@ -224,3 +228,65 @@ def test_readouts_follow_their_equations(readout):
     encoding = DenseCLIP(clip, readout).encode_image(image)
     torch.testing.assert_close(encoding.regions, patches)
     torch.testing.assert_close(encoding.features, clip.encode_image(image))  # whatever the patches are
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# DINO
+
+
+def dino_slowly(state, picture, stride):
+    """DINO, from its published names and F alone: picture uint8 [B, 3, H, W] -> [B, 1 + N, D]."""
+
+    def linear(x, name):
+        return F.linear(x, state[f"{name}.weight"], state[f"{name}.bias"])
+
+    def norm(x, name):
+        return F.layer_norm(x, x.shape[-1:], state[f"{name}.weight"], state[f"{name}.bias"], eps=1e-6)
+
+    mean, std = (torch.tensor(x)[:, None, None] for x in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+    x = (picture / 255 - mean) / std
+    x = F.conv2d(x, state["patch_embed.proj.weight"], state["patch_embed.proj.bias"], stride=stride)
+    positions = state["pos_embed"][:, 1:].reshape(1, 6, 6, 128).permute(0, 3, 1, 2)
+    x = x + F.interpolate(positions, x.shape[2:], mode="bicubic")
+    x = torch.cat([(state["cls_token"] + state["pos_embed"][:, :1]).expand(len(x), -1, -1), x.flatten(2).mT], dim=1)
+    for i in range(2):
+        q, k, v = linear(norm(x, f"blocks.{i}.norm1"), f"blocks.{i}.attn.qkv").split(128, dim=-1)
+        heads = [slice(0, 64), slice(64, 128)]
+        y = [(q[..., h] @ k[..., h].mT / 8).softmax(dim=-1) @ v[..., h] for h in heads]
+        x = x + linear(torch.cat(y, dim=-1), f"blocks.{i}.attn.proj")
+        y = linear(norm(x, f"blocks.{i}.norm2"), f"blocks.{i}.mlp.fc1")
+        x = x + linear(y * (1 + torch.erf(y / math.sqrt(2))) / 2, f"blocks.{i}.mlp.fc2")
+    return norm(x, "norm")
+
+
+@pytest.mark.parametrize("height, width, stride", [(48, 48, 8), (32, 32, 8), (40, 72, 8), (32, 32, 4)])
+def test_dino_is_what_its_formulas_say(dino_state, tmp_path, height, width, stride):
+    torch.save(dino_state, tmp_path / "dino.pth")
+    dino = load_dino(tmp_path / "dino.pth")
+    dino.conv1.stride = (stride, stride)
+    picture = torch.randint(0, 256, (2, 3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    rows, columns = dino.grid(height, width)
+    with torch.no_grad():
+        tokens = dino(normalise(picture))
+    assert tokens.shape == (2, 1 + rows * columns, 128)
+    assert_close(tokens, dino_slowly(dino_state, picture, stride), f"DINO at {height}x{width}, stride {stride}", 1e-5)
+
+
+def test_pacl_embeds_the_patches_of_dino(tiny_clip, dino_state, tmp_path, batch):
+    image, text, _ = batch
+    torch.save(dino_state, tmp_path / "dino.pth")
+    dino = load_dino(tmp_path / "dino.pth")
+    pacl = PACL(tiny_clip, dino)
+    assert pacl.visual is dino and PACL(tiny_clip).visual is tiny_clip.visual
+    encoding = pacl.encode_image(image)
+    torch.testing.assert_close(encoding.features, tiny_clip.encode_image(image))
+    torch.testing.assert_close(encoding.regions, pacl.embedder(dino(image)[:, 1:]))
+    outputs = pacl(image, text)
+    torch.testing.assert_close(outputs["patches"], encoding.regions)
+    total_loss(outputs, image, None, superpixel_weight=0)[0].backward()
+    for name, parameter in pacl.named_parameters():
+        trained = name.startswith("embedder.")
+        assert parameter.requires_grad == trained and (parameter.grad is not None) == trained, name
+    assert all(parameter.grad.abs().max() > 0 for parameter in pacl.embedder.parameters())
+    with pytest.raises(ValueError, match="DINO has patches of 8 pixels, CLIP of 16"):
+        PACL(CLIP(dataclasses.replace(TINY, patch_size=16)), dino)

@@ -630,6 +630,29 @@ def test_pacl_trains_the_embedder_of_a_frozen_clip(tmp_path, monkeypatch, capsys
     assert "over 3 pictures" in capsys.readouterr().out
 
 
+def test_pacl_with_the_patches_of_dino(tmp_path, dino_state, capsys):
+    torch.save(dino_state, tmp_path / "dino.pth")
+    run(tmp_path / "clip", "--method", "clip", "--steps", "0", flags=SMALL_CLIP)
+    flags = f"--method pacl --init {tmp_path}/clip/checkpoint.pt --image-encoder {tmp_path}/dino.pth --device cpu "
+    flags += "--precision fp32 --batch-size 8 --steps 6 --workers 0 --save-every 3"
+    end, start = run(tmp_path / "pacl", flags=flags), read_weights(tmp_path / "pacl/checkpoint.1.pt")["model"]
+    moved = {name.split(".")[0] for name in start if not torch.equal(start[name], end["model"][name])}
+    assert moved == {"embedder"} and {name.split(".")[0] for name in start} == {"clip", "dino", "embedder"}
+    os.replace(tmp_path / "pacl/checkpoint.1.pt", tmp_path / "pacl/checkpoint.pt")
+    os.remove(tmp_path / "dino.pth")  # it is in the checkpoint
+    assert_equal(run(tmp_path / "pacl", "--resume", flags=flags)["model"], end["model"])
+    with pytest.raises(InputError, match="its run had --image-encoder"):
+        run(tmp_path / "pacl", "--resume", "--image-encoder", "other.pth", flags=flags)
+    with pytest.raises(InputError, match="dino.pth: no such file"):
+        run(tmp_path / "new", flags=flags)
+    with pytest.raises(InputError, match="--method clip has no --image-encoder"):
+        run(tmp_path / "new", "--method", "clip", "--image-encoder", "dino.pth", flags=SMALL_CLIP)
+    for flags in ((), ("--stride-trick", "4")):
+        flags = ("--output", str(tmp_path / "result"), "--limit", "3", "--workers", "0", *flags)
+        train.evaluate.main(["--checkpoint", str(tmp_path / "pacl/checkpoint.pt"), "--analyse", *flags])
+        assert "over 3 pictures" in capsys.readouterr().out
+
+
 def test_scenes_that_are_prepared_once_change_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(SyntheticScenes, "__len__", lambda self: 30)
     once = run(tmp_path / "once", "--workers", "1", "--save-every", "3")
