@@ -28,10 +28,8 @@ import evaluate
 import train
 from data import SyntheticScenes, superpixels
 
-CLIP = "clip"  # the row that others start from
-ROWS = {  # name: (what, flags of train.py, flags of evaluate.py, the paper's mIoU on VOC)
+ROWS = {  # name: (what, flags of train.py or None, flags of evaluate.py, the paper's mIoU on VOC)
     "default": ("the default: both losses, 16 centers, no cross-attention", "", "", "52.60"),
-    CLIP: ("the same encoder trained as CLIP, its patch tokens read", "--method clip", "", ""),
     "con": ("*Table 1*: contrastive loss alone", "--reconstruction-weight 0 --superpixel-weight 0", "", "47.95"),
     "con-rec": ("with reconstruction", "--superpixel-weight 0", "", "49.14"),
     "con-sup": ("with superpixels", "--reconstruction-weight 0", "", "48.49"),
@@ -42,14 +40,21 @@ ROWS = {  # name: (what, flags of train.py, flags of evaluate.py, the paper's mI
     "centers-32": ("32 centers", "--num-centers 32", "", "44.89 (10)"),
     "cross-1": ("*Table 3*: 1 cross-attention layer", "--cross-layers 1", "", "47.63 (none: 44.44)"),
     "cross-2": ("2 layers", "--cross-layers 2", "", "47.95"),
-    "init": ("*Table 4*: from the weights of that CLIP", "--init {clip}", "", "52.6 (without: 33.3)"),
+    "init": ("*Table 4*: from the weights of the CLIP below", "--init {clip}", "", "52.6 (without: 33.3)"),
     "init-cross-2": ("from them, 2 cross-attention layers", "--init {clip} --cross-layers 2", "", ""),
     "init-after-1": ("from them, group module after block 1 of 2", "--init {clip} --first-stage-layers 1", "", ""),
     "majority": ("*Not the paper's*: patches join the superpixel that most of them is", "--superpatch majority", "", ""),
     "sup-1/L": ("superpixel loss divided by L, as in the authors' program", "--superpixel-weight 0.0625", "", ""),
-    "no-top-k": ("the default without the authors' choice of five words", None, "--top-k 14", ""),
+    "no-top-k": ("the default without the authors' choice of five words", None, "--checkpoint {default} --top-k 14", ""),
+    "clip": ("*Without a group module*: the same encoder trained as CLIP", "--method clip", "", ""),
+    "maskclip": ("read as MaskCLIP", None, "--checkpoint {clip} --readout maskclip", ""),
+    "sclip": ("read as SCLIP", None, "--checkpoint {clip} --readout sclip", ""),
+    "clearclip": ("read as ClearCLIP", None, "--checkpoint {clip} --readout clearclip", ""),
+    "naclip": ("read as NACLIP", None, "--checkpoint {clip} --readout naclip", ""),
+    "pacl": ("PACL on it", "--method pacl --init {clip}", "", ""),
 }
-COLUMNS = ("mIoU", "names perfect", "purity", "named right", "captions")  # what evaluate.py --analyse says, by these words
+FIRST = ("default", "clip")  # of which others need the checkpoint
+COLUMNS = ("mIoU", "names perfect", "purity", "patches", "named right", "captions")  # what --analyse says, by these words
 
 
 class SegmentedScenes(SyntheticScenes):
@@ -90,15 +95,13 @@ def run(job):
     train.Interruption = lambda: contextlib.nullcontext(argparse.Namespace(asked=False))
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    checkpoint = output / "default" / str(seed) / "checkpoint.pt" if flags is None else folder / "checkpoint.pt"
+    others = {first: output / first / str(seed) / "checkpoint.pt" for first in FIRST}
     with open(folder / "output.txt", "w") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
         if flags is not None:
-            flags = flags.format(clip=output / CLIP / str(seed) / "checkpoint.pt").split()
             fixed = ["--steps", str(steps), "--seed", str(seed), "--output", str(folder), "--workers", "0"]
-            train.main([*flags, *fixed])
-        evaluate.main(
-            ["--checkpoint", str(checkpoint), "--output", str(folder), "--analyse", "--workers", "0", *scoring.split()]
-        )
+            train.main([*flags.format(**others).split(), *fixed])
+        fixed = ["--checkpoint", str(folder / "checkpoint.pt"), "--output", str(folder), "--analyse", "--workers", "0"]
+        evaluate.main([*fixed, *scoring.format(**others).split()])
     return f"{name}, seed {seed}: {100 * read(folder)['mIoU']:.2f} % in {time.time() - start:.0f} s"
 
 
@@ -134,9 +137,8 @@ def main():
     parser.add_argument("--output", type=Path, default=Path("runs/ablation"), help="folder [%(default)s]")
     args = parser.parse_args()
     seeds, output = range(args.seeds), args.output / str(args.steps)
-    first = ["default", CLIP]  # of which others need the checkpoint
     with multiprocessing.get_context("spawn").Pool(min(os.cpu_count(), 2 * args.seeds), start_worker) as pool:
-        for names in (first, [name for name in args.rows if name not in first]):
+        for names in (FIRST, [name for name in args.rows if name not in FIRST]):
             jobs = [(name, seed, args.steps, output) for seed in seeds for name in names]
             for line in pool.imap_unordered(run, jobs):
                 print(line, file=sys.stderr, flush=True)
