@@ -100,10 +100,10 @@ def shards(tmp_path):
     return str(folder / "{00000..00003}.tar")
 
 
-def launch(output, *flags, processes=1, script=train.__file__):
+def launch(output, *flags, processes=1, script=train.__file__, small=SMALL_RUN):
     """Start a run as a user does, in a process group of its own."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] * (processes > 1)
-    command = [sys.executable, *torchrun, str(script), *SMALL_RUN.split(), "--output", str(output), *flags]
+    command = [sys.executable, *torchrun, str(script), *small.split(), "--output", str(output), *flags]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
@@ -248,6 +248,20 @@ def test_two_processes_do_what_one_does(tmp_path, chunks):
     for ours, theirs in zip(log_of(tmp_path / "one"), log_of(tmp_path / "two"), strict=True):
         for name in ("loss", "con", "rec", "sup", "grad"):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-4), name
+
+
+def test_two_processes_train_pacl_as_one_does(tmp_path):
+    run(tmp_path / "clip", flags=f"{SMALL_CLIP} --method clip --steps 0")
+    flags = f"{SMALL_CLIP} --method pacl --steps 3 --log-every 1 --init {tmp_path}/clip/checkpoint.pt"
+    process = launch(tmp_path / "two", processes=2, small=flags)
+    one = run(tmp_path / "one", flags=flags)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    two = read_weights(tmp_path / "two/checkpoint.pt")
+    for name, values in one["model"].items():
+        assert torch.allclose(values, two["model"][name], atol=1e-6), name
+    for ours, theirs in zip(log_of(tmp_path / "one"), log_of(tmp_path / "two"), strict=True):
+        assert (ours["con"], ours["grad"]) == pytest.approx((theirs["con"], theirs["grad"]), rel=1e-4)
 
 
 def gradients(model, batch, noise, *flags):
