@@ -4,6 +4,8 @@ python evaluate.py                  the model that `python train.py` made, on sc
 python evaluate.py --dataset pascal_voc --data-root VOCdevkit/VOC2012 --checkpoint segclip.bin
 python evaluate.py --images photos --classes words.txt --checkpoint segclip.bin
 python evaluate.py --image photo.jpg --words "cat, grass, sky" --checkpoint segclip.bin
+python evaluate.py --image photo.jpg --words "cat, grass, sky" --model ViT-B/16 --readout naclip     OpenAI's weights alone
+python evaluate.py --compare        CLIP, its read-outs, PACL and SegCLIP on the scenes, in a table
 """
 
 import argparse

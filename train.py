@@ -1,6 +1,7 @@
-"""Train SegCLIP on image-text pairs: contrastive, reconstruction and superpixel losses; or CLIP, to compare with.
+"""Train SegCLIP on image-text pairs: contrastive, reconstruction and superpixel losses; or PACL; or CLIP, to compare with.
 
 python train.py                          a small model from scratch on synthetic scenes, minutes on two CPU cores
+python train.py --method pacl            the embedder of PACL, on a CLIP that is trained on the scenes first
 python train.py --recipe paper --data "cc3m/{00000..00331}.tar" dataset_coco.json=coco
 torchrun --nproc_per_node=8 train.py --recipe paper ...          the same run, each batch split over eight processes
 """
