@@ -36,7 +36,8 @@ from model import IMAGE_MEAN, IMAGE_STD
 
 class Sample(NamedTuple):
     picture: np.ndarray  # uint8 [H, W, 3]
-    label: np.ndarray | None  # uint8 [H, W], the class of each pixel; 255 is not scored. Never seen in training.
+    # uint8 [H, W], the class of each pixel; 255 is not scored. Never seen in training. Of a ClassFolder, the picture's class.
+    label: np.ndarray | int | None
     name: str
     caption: str = ""
     segments: object = None  # int [h, w], superpixels computed before; a Fault if they should be there and are not
@@ -1136,6 +1137,32 @@ class PictureFolder:
         picture = read_picture(self.paths[index])
         path = self.labels and self.labels / f"{self.names[index]}.png"
         return Sample(picture, read_label(path, picture, self.table) if path and path.exists() else None, self.names[index])
+
+
+class ClassFolder:
+    """Pictures of your own in one folder a class: Samples by number, each with the number of its class as its label."""
+
+    background_threshold = None
+
+    def __init__(self, root):
+        if not Path(root).is_dir():
+            raise InputError(f"{root}: no such folder")
+        folders = sorted(path for path in Path(root).iterdir() if path.is_dir() and not path.name.startswith("."))
+        if not folders:
+            raise InputError(f"{root}: no folder in it; there should be one for each class, with its pictures")
+        self.folders, self.words = [f.name for f in folders], [f.name.replace("_", " ") for f in folders]
+        self.paths, self.classes = [], []
+        for c, folder in enumerate(folders):
+            paths = [path for path in visible_files(folder) if path.suffix.lower() in IMAGE_SUFFIXES]
+            if not paths:
+                raise InputError(f"{folder}: no picture in it, and it is a class")
+            self.paths, self.classes = self.paths + paths, self.classes + [c] * len(paths)
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, index):
+        return Sample(read_picture(self.paths[index]), self.classes[index], str(self.paths[index]))
 
 
 def visible_files(folder):

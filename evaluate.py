@@ -6,12 +6,14 @@ python evaluate.py --images photos --classes words.txt --checkpoint segclip.bin
 python evaluate.py --image photo.jpg --words "cat, grass, sky" --checkpoint segclip.bin
 python evaluate.py --image photo.jpg --words "cat, grass, sky" --model ViT-B/16 --readout naclip     OpenAI's weights alone
 python evaluate.py --compare        CLIP, its read-outs, PACL and SegCLIP on the scenes, in a table
+python evaluate.py --classify photos --checkpoint pacl.pt          whole pictures, in one folder a class
 """
 
 import argparse
 import colorsys
 import datetime
 import hashlib
+import itertools
 import json
 import os
 import sys
@@ -41,6 +43,7 @@ from clip_loader import (
 from data import (
     BENCHMARKS,
     UNREADABLE,
+    ClassFolder,
     PictureFolder,
     SegmentationFolder,
     SyntheticScenes,
@@ -51,7 +54,8 @@ from data import (
     read_lines,
     resize_bilinear,
 )
-from model import READOUTS
+from losses import compatibility
+from model import PACL, READOUTS
 
 SCENES = {"synthetic": "val", "synthetic-unseen": "unseen"}  # data sets that are drawn, and their split
 DEFAULT_CHECKPOINT = "runs/synthetic/checkpoint.pt"
@@ -137,6 +141,10 @@ class Settings:
     area_threshold: float | None  # dense only: classes with a smaller share of the foreground are left out
     stride_trick: int | None = None  # in pixels, from one patch to the next; None: the patch size
     refine: str | None = None
+    background_entropy: float | None = None  # in place of background_threshold
+
+    def has_background(self):
+        return self.background_threshold is not None or self.background_entropy is not None
 
 
 def read_classes(path):
@@ -163,7 +171,8 @@ def choose_settings(args, dataset, size):
     if args.classes:
         words = read_classes(args.classes)
         if len(words) != len(dataset.words):
-            raise InputError(f"{args.classes}: has {len(words)} classes, {name} has {len(dataset.words)} besides background")
+            expected = f"{args.classify or name} has {len(dataset.words)} (background is not counted)"
+            raise InputError(f"{args.classes}: has {len(words)} classes, {expected}")
     threshold = None
     if dataset.background_threshold is not None:
         check_words(dataset.words, True, args.classes or "--words")
@@ -174,6 +183,16 @@ def choose_settings(args, dataset, size):
         if not 0 <= args.background_threshold <= 1:
             raise InputError(f"--background-threshold {args.background_threshold}: must be between 0 and 1")
         threshold = args.background_threshold
+    if args.background_entropy is not None:
+        if args.background_threshold is not None:
+            raise InputError("--background-entropy: it is this or --background-threshold")
+        if threshold is None:
+            raise InputError(f"--background-entropy: {name} has no background")
+        if not 0 <= args.background_entropy < float("inf"):
+            raise InputError(f"--background-entropy {args.background_entropy}: must be a number from 0 on")
+        threshold = None
+    if args.classify:
+        return Settings("classify", words, args.templates or 7, size, size, size, None, None, None, None, args.stride_trick)
     if args.protocol == "segclip":
         s = Settings("segclip", words, 1, size, size, size, 5, None, threshold, None)
     else:  # the settings of SCLIP's tables, for a model of 224 pixels
@@ -188,7 +207,7 @@ def choose_settings(args, dataset, size):
         short = {"coco_stuff": 448, "cityscapes": 560}.get(name, 336) * size // 224
         area = 0.1 if name == "pascal_voc" else None
         s = Settings("dense", words, 80, short, size, size // 2, None, scale, threshold, area)
-    for field in ("templates", "short_side", "window", "stride", "top_k", "stride_trick", "refine"):
+    for field in ("templates", "short_side", "window", "stride", "top_k", "stride_trick", "refine", "background_entropy"):
         if getattr(args, field) is not None:
             setattr(s, field, getattr(args, field))
     return s
@@ -202,7 +221,7 @@ def class_features(model, tokenizer, settings):
     for word in (word for words in settings.classes for word in words):
         text = tokenizer([f"{template.format(word)}." for template in templates], model.config.context_length)
         feature = model.encode_text(text.to(device))  # [templates, E]
-        if settings.protocol == "dense":  # SCLIP gives each template the same weight, GroupViT each as much as it is long
+        if settings.protocol != "segclip":  # OpenAI and SCLIP give each template the same weight, GroupViT as it is long
             feature = F.normalize(feature, dim=-1)
         features.append(F.normalize(feature.mean(dim=0), dim=-1))
     owner = [c for c, words in enumerate(settings.classes) for _ in words]
@@ -254,6 +273,15 @@ def add_background(scores, threshold):
     return torch.cat([background[..., None], scores], dim=2)
 
 
+def entropy_background(cosines, owner, scale, settings):
+    """PACL's rule: cosines [Q, ...] of the words -> [1, ...], 1, which no class reaches there, where none stands out; else 0.
+    A class is as near as its best word is: many synonyms would make the surest class look unsure."""
+    cosines = best_word(cosines.movedim(0, -1), owner, len(settings.classes))  # [..., C]
+    log_p = (scale * cosines).log_softmax(dim=-1)
+    entropy = -(log_p.exp() * log_p).sum(dim=-1)  # natural logarithm: ln C where all are equally near
+    return (entropy > settings.background_entropy)[None].to(cosines.dtype)
+
+
 def pixel_regions(encoding, window, grid):
     """The region of each pixel: -> [B, window, window]."""
     if encoding.soft is None:
@@ -273,10 +301,14 @@ def pixel_scores(scores, regions, grid=None):
 
 
 def window_scores(encoding, text, owner, scale, settings):
-    """[B, L, channels]: class scores with background (segclip), or the cosine of each word (dense)."""
+    """[B, L, channels]: class scores with background (segclip), or the cosine of each word (dense). For background by
+    entropy, which is found later, both of them."""
+    cosines = F.normalize(encoding.regions.float(), dim=-1) @ text.T
     if settings.protocol == "dense":
-        return F.normalize(encoding.regions.float(), dim=-1) @ text.T
+        return cosines
     scores = best_word(region_scores(encoding, text, scale, settings.top_k), owner, len(settings.classes))
+    if settings.background_entropy is not None:
+        return torch.cat([scores, cosines], dim=2)
     return scores if settings.background_threshold is None else add_background(scores, settings.background_threshold)
 
 
@@ -284,6 +316,8 @@ def dense_labels(cosines, owner, settings):
     """Cosines [Q, H, W] of the words -> probabilities [C, H, W] and labels [H, W], as SCLIP does."""
     scores = (settings.logit_scale * cosines).softmax(dim=0)
     scores = best_word(scores.permute(1, 2, 0), owner, len(settings.classes)).permute(2, 0, 1)  # [C, H, W]
+    if settings.background_entropy is not None:
+        scores = torch.cat([entropy_background(cosines, owner, settings.logit_scale, settings), scores])
     if settings.area_threshold is not None:
         area = torch.bincount(scores.argmax(dim=0).flatten(), minlength=len(scores))[1:]
         scores[1:] *= (area > settings.area_threshold * area.sum())[:, None, None]
@@ -332,14 +366,19 @@ class Segmenter:
         self.batch_size, self.bf16 = batch_size, bf16
         self.scale = model.clip.logit_scale.exp().clamp(max=100)
 
-    def encode(self, crops):
-        """[n, 3, window, window] -> ImageEncoding of all, batch by batch, and the rows and columns of patches."""
+    def run(self, encoder, crops):
+        """What the encoder makes of [n, 3, window, window], a list with each batch's, and the rows and columns of patches."""
         visual, window = getattr(self.model, "visual", self.model.clip.visual), crops.shape[-1]  # PACL's may be a DINO
         conv1, own = visual.conv1, visual.conv1.stride
         conv1.stride = (self.settings.stride_trick,) * 2 if self.settings.stride_trick else own
         with torch.autocast(crops.device.type, torch.bfloat16, enabled=self.bf16):
-            parts = [self.model.encode_image(batch) for batch in crops.split(self.batch_size)]
+            parts = [encoder(batch) for batch in crops.split(self.batch_size)]
         grid, conv1.stride = visual.grid(window, window), own
+        return parts, grid
+
+    def encode(self, crops):
+        """[n, 3, window, window] -> ImageEncoding of all, and the rows and columns of patches."""
+        parts, grid = self.run(self.model.encode_image, crops)
         encoding = type(parts[0])(*(None if fields[0] is None else torch.cat(fields) for fields in zip(*parts)))
         return encoding, grid
 
@@ -383,6 +422,9 @@ class Segmenter:
             if self.settings.protocol == "dense":
                 full, label = dense_labels(full, self.owner, self.settings)
             else:
+                if self.settings.background_entropy is not None:
+                    full, cosines = full.split((len(full) - len(self.text), len(self.text)))
+                    full = torch.cat([entropy_background(cosines, self.owner, self.scale, self.settings), full])
                 # The softmax changes no argmax but that of values that it rounds to the same: the authors' way with near ties.
                 label = full.softmax(dim=0).argmax(dim=0)
             yield sample, Result(label.byte().cpu().numpy(), region_map.cpu().numpy(), full, features)
@@ -399,8 +441,66 @@ class Seen(torch.utils.data.Dataset):
             sample = self.dataset[index]
         except InputError as error:  # raised here, it would reach the user with a trace of the worker around it
             return error
+        if self.settings.protocol == "classify":
+            return sample, centre(sample.picture, self.settings.window)
         height, width = resized(*sample.picture.shape[:2], self.settings.short_side, self.settings.window)
         return sample, resize_bilinear(sample.picture, height, width)
+
+
+def batches(items, size):
+    """Lists of so many items; the last may be shorter."""
+    items = iter(items)
+    while batch := list(itertools.islice(items, size)):
+        yield batch
+
+
+def progress(items, total, rank=0, world=1):
+    """The same items; every five seconds, process 0 tells how many have come."""
+    start = last_line = time.time()
+    for n, item in enumerate(items, 1):
+        yield item
+        if rank == 0 and time.time() - last_line > 5:
+            last_line = time.time()
+            rate = n / (last_line - start)
+            eta = datetime.timedelta(seconds=round((total - n) / rate))
+            print(f"picture {n * world}/{total * world}  {rate * world:.1f} pictures/s  ETA {eta}", file=sys.stderr)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Whole pictures
+
+
+def centre(picture, size):
+    """The square in the middle, as wide as the short side: uint8 [H, W, 3] -> [size, size, 3], to the pixel as CLIP's
+    preprocessing, torchvision's on Pillow, has it."""
+    image = Image.fromarray(picture)
+    image = image.resize([size * side // min(image.size) for side in image.size], Image.BICUBIC)
+    left, top = (round((side - size) / 2) for side in image.size)
+    return np.asarray(image.crop((left, top, left + size, top + size)))
+
+
+def picture_scores(model, encoding, text):
+    """How much each picture is each word: text [Q, E] -> [B, Q], PACL's compatibility or the cosine of the image feature."""
+    if isinstance(model, PACL):
+        return compatibility(encoding.regions.float(), text, model.config.patch_temperature)
+    return F.normalize(encoding.features.float(), dim=-1) @ text.T
+
+
+@torch.inference_mode()
+def classify(segmenter, pictures):
+    """(sample, its centre) ... -> [3, C]: the pictures of each class; those for which it is best; is among the best five."""
+    num_classes = len(segmenter.settings.classes)
+    counts = torch.zeros(3, num_classes, dtype=torch.long)
+    for batch in batches(pictures, segmenter.batch_size):
+        samples, crops = zip(*batch)
+        image = normalise(torch.as_tensor(np.stack(crops), device=segmenter.text.device).permute(0, 3, 1, 2))
+        scores = picture_scores(segmenter.model, segmenter.encode(image)[0], segmenter.text)
+        scores = best_word(scores, segmenter.owner, num_classes)  # [B, C]
+        label = torch.tensor([sample.label for sample in samples])
+        hits = scores.topk(min(5, num_classes)).indices.cpu() == label[:, None]  # [B, 5]
+        found = (torch.ones_like(label, dtype=torch.bool), hits[:, 0], hits.any(dim=1))
+        counts += torch.stack([torch.bincount(label[mask], minlength=num_classes) for mask in found])
+    return counts
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -518,6 +618,81 @@ class Analysis:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Semantic coherence: does the cosine of two patch tokens tell whether they show the same class? (PACL, Figure 3)
+
+PAIRS = 1000  # of patches of each picture, and as many with those of another one
+
+
+def patch_classes(label, patch, stride):
+    """The value that most pixels of a patch have, 255 among them: uint8 [H, W] -> [N]."""
+    pixels = torch.as_tensor(label).unfold(0, patch, stride).unfold(1, patch, stride)  # [rows, columns, P, P]
+    return pixels.flatten(2).flatten(0, 1).mode(dim=1).values  # [N, P*P] -> [N]
+
+
+@torch.inference_mode()
+def pairs_of_patches(segmenter, pictures):
+    """(sample, picture as seen) ... -> {"within a picture": (cosines [n], whether of one class [n]), "across pictures": ...}.
+
+    From each picture one of its windows is drawn, and from that PAIRS of patches, and as many with the picture before it.
+    """
+    s, visual = segmenter.settings, segmenter.model.clip.visual
+    windows, draw = np.random.RandomState(0), np.random.RandomState(1)  # two, so that the size of a batch changes nothing
+    found, before = {"within a picture": [], "across pictures": []}, None
+    for batch in batches((item for item in pictures if item[0].label is not None), segmenter.batch_size):
+        crops, labels = [], []
+        for sample, seen in batch:
+            (height, width), (h, w) = sample.label.shape, seen.shape[:2]
+            y, x = (windows.choice(window_starts(side, s.window, s.stride)) + np.arange(s.window) for side in (h, w))
+            crops.append(seen[y[:, None], x])
+            label = sample.label[((2 * y + 1) * height // (2 * h))[:, None], (2 * x + 1) * width // (2 * w)]
+            labels.append(patch_classes(label, visual.patch_size, s.stride_trick or visual.patch_size))
+        image = normalise(torch.as_tensor(np.stack(crops), device=segmenter.text.device).permute(0, 3, 1, 2))
+        tokens = torch.cat(segmenter.run(segmenter.model.patch_tokens, image)[0])  # [B, N, D]
+        for token, label in zip(F.normalize(tokens.float(), dim=-1).cpu(), labels):
+            token, label = token[label != 255], label[label != 255]
+            if len(label) < 2:
+                continue
+            i = draw.randint(len(label), size=PAIRS)
+            another = (i + draw.randint(1, len(label), size=PAIRS)) % len(label)  # any patch but i
+            others = [(token, label, another)] + [(*b, draw.randint(len(b[1]), size=PAIRS)) for b in [before] if b]
+            for pairs, (other, its, j) in zip(found.values(), others):
+                pairs.append(torch.stack([(token[i] * other[j]).sum(dim=-1), (label[i] == its[j]).float()]))
+            before = token, label
+    return {kind: torch.cat([torch.empty(2, 0), *pairs], dim=1).numpy() for kind, pairs in found.items()}
+
+
+def roc(scores, same):
+    """Scores [n], and 1 or 0, whether they should be high [n] -> the shares of the zeros [k] and of the ones [k] that reach
+    each threshold, from the highest down, and the area under this curve. None without both.
+
+    The area is how often a one scores higher than a zero, where a tie counts half; exact, by counting ranks.
+    """
+    values, which = np.unique(-scores, return_inverse=True)
+    positive, negative = (np.bincount(which[same == kind], minlength=len(values)) for kind in (1, 0))
+    if not positive.any() or not negative.any():
+        return None
+    true, false = positive.cumsum(), negative.cumsum()
+    area = (negative * (2 * true - positive)).sum() / (2 * true[-1] * false[-1])
+    return np.append(0, false / false[-1]), np.append(0, true / true[-1]), float(area)
+
+
+def coherence(segmenter, pictures, path):
+    """Draws the curves -> what metrics.json says of them."""
+    found = pairs_of_patches(segmenter, pictures)
+    found = {"all pairs": np.concatenate(list(found.values()), axis=1)} | found
+    curves = {kind: curve for kind, (scores, same) in found.items() if (curve := roc(scores, same))}
+    draw_roc(curves, path)
+    return {
+        "area": {kind: curves[kind][2] if kind in curves else None for kind in found},
+        "true positives at 0, 5, ..., 100 % false ones": [
+            float(np.interp(x / 20, *curves["all pairs"][:2])) for x in range(21) if "all pairs" in curves
+        ],
+        "pairs": found["all pairs"].shape[1],
+        "of one class": mean(found["all pairs"][1]),
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Pictures of the result
 
 
@@ -617,6 +792,30 @@ def draw_examples(examples, words, palette, path, side=160):
     with_legend(sheet, [(palette[c], words[c]) for c in sorted(used - {255})]).save(path)
 
 
+def draw_roc(curves, path, side=400):
+    """{name: (false positives [k], true positives [k], area)}, and the diagonal, which is chance."""
+    sheet = Image.new("RGB", (side + 80, side + 90), "white")
+    draw, font, colours = ImageDraw.Draw(sheet), ImageFont.load_default(13), wheel(len(curves))
+
+    def place(x, y):
+        return 50 + side * x, 35 + side * (1 - y)
+
+    draw.rectangle((place(0, 1), place(1, 0)), outline="black")
+    draw.line((place(0, 0), place(1, 1)), "grey")
+    for tick in (0, 0.25, 0.5, 0.75, 1):
+        (x, bottom), (left, y) = place(tick, 0), place(0, tick)
+        draw.text((x, bottom + 5), f"{tick:g}", "black", font, anchor="ma")
+        draw.text((left - 5, y), f"{tick:g}", "black", font, anchor="rm")
+    draw.text((5, 8), "pairs of one class whose cosine reaches a threshold", "black", font)
+    draw.text((50 + side, side + 60), "pairs of two classes whose cosine does", "black", font, anchor="ra")
+    at = np.linspace(0, 1, side + 1)
+    for colour, (false, true, _) in zip(colours.tolist(), curves.values()):
+        draw.line([place(0, 0), *map(place, at, np.interp(at, false, true))], tuple(colour), 2)
+    areas = {"chance": 0.5} | {name: area for name, (_, _, area) in curves.items()}
+    entries = [(colour, f"{name}: area {area:.3f}") for colour, (name, area) in zip([(128,) * 3, *colours], areas.items())]
+    with_legend(sheet, entries).save(path)
+
+
 def save_labels(path, label, palette, key=""):
     """A palette PNG, with what it depends on in a note; never half of one."""
     make_folder(path.parent)
@@ -656,6 +855,9 @@ def parse_args(argv=None):
         "--labels-dir", help="its label maps, NAME.png: class numbers from 0 in one byte a pixel, 255: not scored"
     )
     what.add_argument("--image", help="one picture; writes an overlay, the labels and the regions")
+    what.add_argument(
+        "--classify", metavar="FOLDER", help="tell whole pictures apart: a folder of one folder a class, named by it"
+    )
     what.add_argument("--words", help='for --image and --images: "cat, grass, sky"')
     what.add_argument("--classes", help="text file: a class in each line, synonyms separated by commas; for all of the above")
     what.add_argument(
@@ -717,15 +919,28 @@ def parse_args(argv=None):
         metavar="T",
         help="pixels can be none of the words: where none reaches T, between 0 and 1 [the data set's; dense: 0.1; else 0.75]",
     )
+    how.add_argument(
+        "--background-entropy",
+        type=float,
+        metavar="T",
+        help="instead: where the entropy of the softmax over the words is more than T; PACL has 1.5 on VOC [no]",
+    )
     result = parser.add_argument_group("the result")
-    result.add_argument("--output", help="folder [scenes: the checkpoint's; else runs/DATASET, runs/images or runs/image]")
+    result.add_argument(
+        "--output", help="folder [scenes: the checkpoint's; else runs/DATASET, runs/images, runs/image or runs/classify]"
+    )
     result.add_argument("--analyse", action="store_true", help="say why the score is what it is, part by part of the model")
+    result.add_argument(
+        "--coherence",
+        action="store_true",
+        help="does the cosine of two patch tokens tell whether they are of one class? roc.png",
+    )
     result.add_argument("--heat", action="store_true", help="with --image: a heat map for each word, too")
     return parser.parse_args(argv)
 
 
 def kind_of(args):
-    return "image" if args.image else "images" if args.images else args.dataset
+    return next((kind for kind in ("classify", "image", "images") if getattr(args, kind)), args.dataset)
 
 
 def open_dataset(args, size):
@@ -734,14 +949,24 @@ def open_dataset(args, size):
         raise InputError("--heat is for --image, --labels-dir for --images")
     if args.words and (args.classes or not (args.image or args.images)):
         raise InputError("--words is for --image and --images; it is this or --classes")
+    if args.coherence and (args.image or args.images and not args.labels_dir):
+        raise InputError("--coherence is for pictures with label maps")
+    if args.classify:
+        for name in ("image", "images", "window", "short_side", "stride", "top_k", "refine", "analyse", "coherence"):
+            if getattr(args, name):
+                raise InputError(f"--{name.replace('_', '-')} cannot be had with --classify")
+        if args.protocol == "dense":
+            raise InputError("--protocol dense cannot be had with --classify; --templates can")
+        return ClassFolder(args.classify)
     if args.image or args.images:
         if not args.words and not args.classes:
             raise InputError('--image and --images need words: --words "cat, grass, sky" or --classes FILE')
         words = listed(args.words) if args.words else [names[0] for names in read_classes(args.classes)]
         check_words(words, False, args.classes or "--words")
+        threshold = args.background_threshold if args.background_entropy is None else PROTOCOLS_OWN
         if args.image:
-            return PictureFolder(Path(args.image).parent, None, words, args.background_threshold, [Path(args.image)])
-        return PictureFolder(args.images, args.labels_dir, words, args.background_threshold)
+            return PictureFolder(Path(args.image).parent, None, words, threshold, [Path(args.image)])
+        return PictureFolder(args.images, args.labels_dir, words, threshold)
     if args.data_root and args.dataset in SCENES:
         raise InputError("--data-root needs --dataset; to label pictures of your own, --images")
     if args.dataset in SCENES:
@@ -755,8 +980,8 @@ def open_dataset(args, size):
 
 def check(args, settings, patch):
     """Raises InputError for flags that make no sense."""
-    if (args.image or args.analyse) and dist.is_initialized():  # one picture cannot be shared; an analysis needs them all
-        raise InputError("--image and --analyse are for one process; start it with python, not torchrun")
+    if (args.image or args.analyse or args.coherence) and dist.is_initialized():  # one cannot be shared, these need them all
+        raise InputError("--image, --analyse and --coherence are for one process; start it with python, not torchrun")
     for name in ("short_side", "window", "stride", "batch_size", "limit", "top_k"):
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -838,8 +1063,7 @@ def evaluate(args, model, tokenizer, rank, world, origin):
     """
     device = model.clip.logit_scale.device
     dataset, settings, count = plan(args, model.config)
-    has_background = settings.background_threshold is not None
-    words = ["background", *dataset.words] if has_background else dataset.words
+    words = ["background", *dataset.words] if settings.has_background() else dataset.words
     # Scores on scenes belong to one run of training; each has a folder already.
     kind = kind_of(args)
     home = Path("runs", args.checkpoint.replace("/", "-")) if args.checkpoint in MODELS else Path(args.checkpoint).parent
@@ -847,7 +1071,7 @@ def evaluate(args, model, tokenizer, rank, world, origin):
     output = Path(args.output or beside.get(kind, f"runs/{kind}"))
     make_folder(output)
 
-    source = args.image or args.images or args.data_root
+    source = args.classify or args.image or args.images or args.data_root
     record = {
         "dataset": kind,
         "data": source and str(Path(source).resolve()),
@@ -858,6 +1082,23 @@ def evaluate(args, model, tokenizer, rank, world, origin):
         **vars(settings),
     }
     mine = range(rank, count, world)
+    text, owner = class_features(model, tokenizer, settings)
+    segmenter = Segmenter(model, text, owner, settings, args.batch_size, args.precision == "bf16")
+    if args.classify:
+        loader = raised(in_parallel(Seen(dataset, settings), args.workers, mine))
+        counts = classify(segmenter, progress(loader, len(mine), rank, world)).to(device)
+        if world > 1:
+            dist.all_reduce(counts)
+        if rank:
+            return None
+        total, top_1, top_5 = counts.sum(dim=1).tolist()
+        per_class = {name: right / n if n else None for name, (n, right, _) in zip(dataset.folders, counts.T.tolist())}
+        metrics = {"top-1": top_1 / total, "top-5": top_5 / total, "accuracy": per_class, "pictures": total}
+        metrics |= {"limit": args.limit, **record}
+        (output / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
+        print(f"wrote {output}/metrics.json", file=sys.stderr)
+        return metrics
+
     shown, todo, score, labelled, examples = set(mine[:6]), [], Score(len(words)), 0, []
 
     def label_path(i):
@@ -874,12 +1115,9 @@ def evaluate(args, model, tokenizer, rank, world, origin):
     if len(todo) < len(mine):
         print(f"{len(mine) - len(todo)} pictures of an earlier run with the same settings are reused", file=sys.stderr)
 
-    text, owner = class_features(model, tokenizer, settings)
-    segmenter = Segmenter(model, text, owner, settings, args.batch_size, args.precision == "bf16")
     analysis = Analysis(len(words), model, tokenizer, text, owner, settings) if args.analyse else None
     loader = in_parallel(Seen(dataset, settings), args.workers, todo)
-    start = last_line = time.time()
-    for n, (i, (sample, result)) in enumerate(zip(todo, segmenter(raised(loader))), 1):
+    for i, (sample, result) in zip(todo, progress(segmenter(raised(loader)), len(todo), rank, world)):
         if args.image:
             return show_picture(sample, result, words, output, args.heat)
         save_labels(label_path(i), result.label, dataset.palette, keys[i])
@@ -890,11 +1128,6 @@ def evaluate(args, model, tokenizer, rank, world, origin):
                 analysis.add(sample, result)
         if i in shown:
             examples.append((sample.picture, sample.label, result.regions, result.label))
-        if rank == 0 and time.time() - last_line > 5:
-            last_line = time.time()
-            rate = n / (last_line - start)
-            eta = datetime.timedelta(seconds=round((len(todo) - n) / rate))
-            print(f"picture {n * world}/{len(todo) * world}  {rate * world:.1f} pictures/s  ETA {eta}", file=sys.stderr)
 
     totals = torch.tensor([labelled, *score.counts.ravel()], device=device)
     if world > 1:
@@ -910,6 +1143,11 @@ def evaluate(args, model, tokenizer, rank, world, origin):
         metrics = score.summary() | {"IoU": per_class, "pictures": labelled, "limit": args.limit, **record}
         if analysis:
             metrics["analysis"] = analysis.summary()
+        if args.coherence:  # in an order in which the picture before is any other
+            order = np.random.RandomState(0).permutation(count).tolist()
+            loader = in_parallel(Seen(dataset, settings), args.workers, order)
+            metrics["coherence"] = coherence(segmenter, progress(raised(loader), count), output / "roc.png")
+            written.append(f"{output}/roc.png")
         (output / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
         written.append(f"{output}/metrics.json")
     elif args.labels_dir:
@@ -920,12 +1158,15 @@ def evaluate(args, model, tokenizer, rank, world, origin):
 
 def report(metrics):
     """Print what metrics.json says."""
-    for word, value in metrics["IoU"].items():
-        print(f"{word:>20}  IoU " + ("     -" if value is None else f"{100 * value:5.1f} %"))
-    summary = "  ".join(f"{name} {100 * metrics[name]:.2f} %" for name in ("mIoU", "mAcc", "aAcc"))
-    threshold = metrics["background_threshold"]
-    threshold = "" if threshold is None else f"  background threshold {threshold}"
-    print(f"{summary}  over {metrics['pictures']} pictures  protocol {metrics['protocol']}{threshold}")
+    each, names = ("accuracy", ("top-1", "top-5")) if "top-1" in metrics else ("IoU", ("mIoU", "mAcc", "aAcc"))
+    for word, value in metrics[each].items():
+        print(f"{word:>20}  {each} " + ("     -" if value is None else f"{100 * value:5.1f} %"))
+    summary = "  ".join(f"{name} {100 * metrics[name]:.2f} %" for name in names)
+    rules = ((rule, metrics[f"background_{rule}"]) for rule in ("threshold", "entropy"))
+    rules = "".join(f"  background {rule} {value}" for rule, value in rules if value is not None)
+    print(f"{summary}  over {metrics['pictures']} pictures  protocol {metrics['protocol']}{rules}")
+    for kind, area in metrics.get("coherence", {"area": {}})["area"].items():
+        print(f"semantic coherence, area under the ROC curve, {kind}: " + ("-" if area is None else f"{area:.4f}"))
     for name, value in metrics.get("analysis", {}).items():
         value = f"{value:6.1f}  " if "number" in name else "     -  " if value is None else f"{100 * value:6.1f} %"
         print(f"{value}  {name}")

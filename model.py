@@ -214,13 +214,18 @@ class CLIP(nn.Module):
 
     def encode_densely(self, image, readout="clip"):
         """[B, 3, H, W] -> [B, E] from the class token, [B, N, E] from the patches as encode_patches."""
+        class_token, patches = self.dense_tokens(image, readout)
+        return self.visual.project(class_token), self.visual.project(patches)
+
+    def dense_tokens(self, image, readout="clip"):
+        """[B, 3, H, W] -> the class token [B, D] and the patches [B, N, D], before ln_post and projection."""
         visual, x = self.visual, self.visual.embed(image)
         *blocks, last = visual.transformer.resblocks
         for block in blocks:
             x = block(x)
         class_token = last(x)[:, 0]
         x = read_out(last, x, readout, visual.grid(*image.shape[-2:]))
-        return visual.project(class_token), visual.project(x[:, 1:])
+        return class_token, x[:, 1:]
 
     def encode_text(self, text):
         """[B, T] token ids -> [B, E], from the end token: the largest id, and the one place that has seen every word."""
@@ -481,10 +486,14 @@ class SegCLIP(nn.Module):
             regions = block(regions)
         return regions
 
+    def patch_tokens(self, image):
+        """[B, 3, H, W] -> H_p [B, N, D], what the group module sees."""
+        visual = self.clip.visual
+        return self.first_stage(visual.ln_pre(visual.embed_patches(image)))
+
     def encode_image(self, image, gumbel_noise=None):
         """[B, 3, H, W] -> ImageEncoding. gumbel_noise [B, N, L] replaces the noise drawn in training."""
-        visual = self.clip.visual
-        patches = self.first_stage(visual.ln_pre(visual.embed_patches(image)))  # H_p [B, N, D]
+        visual, patches = self.clip.visual, self.patch_tokens(image)  # H_p [B, N, D]
         # At inference an argmax decides, and in bf16 one pixel in eighty got another label; in training the Gumbel noise
         # is far larger than the rounding.
         with nullcontext() if self.training else torch.autocast(image.device.type, enabled=False):
@@ -557,6 +566,10 @@ class DenseCLIP(nn.Module):
     def encode_image(self, image):
         """[B, 3, H, W] -> ImageEncoding: the class token's feature, and the patches'."""
         return ImageEncoding(*self.clip.encode_densely(image, self.readout), None, None)
+
+    def patch_tokens(self, image):
+        """[B, 3, H, W] -> [B, N, D], before anything brings them near the texts."""
+        return self.clip.dense_tokens(image, self.readout)[1]
 
     def draw_noise(self, batch, num_patches, generator=None):
         """As SegCLIP's; here a step has no randomness."""
@@ -644,6 +657,10 @@ class PACL(nn.Module):
         x = self.clip.visual(image)  # [B, 1 + N, D], before ln_post and projection
         tokens = self.dino(image) if self.dino else x
         return ImageEncoding(self.clip.visual.project(x[:, 0]), self.embedder(tokens[:, 1:]), None, None)
+
+    def patch_tokens(self, image):
+        """[B, 3, H, W] -> [B, N, D], what the embedder sees."""
+        return self.visual(image)[:, 1:]
 
     def draw_noise(self, batch, num_patches, generator=None):
         """As SegCLIP's; here a step has no randomness."""

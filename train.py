@@ -668,6 +668,8 @@ def main(argv=None):
             raise InputError(f"{output}: not every process finds the same checkpoint there; it must be on a shared disk")
     eval_args = evaluate.parse_args([*shlex.split(args.evaluate), "--output", str(output / "evaluation")])
     if args.eval_every:
+        if eval_args.classify:
+            raise InputError("--evaluate: --classify has no mIoU, by which the best model is kept")
         evaluate.plan(eval_args, config)  # what is wrong with it should be said now, not in hours
     if (args.text_length or 0) > config.context_length:
         raise InputError(f"--text-length {args.text_length}: the model takes at most {config.context_length} tokens")

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 import evaluate
-from clip_loader import InputError, Tokenizer, load_segclip, load_tokenizer, save_checkpoint
+from clip_loader import InputError, Tokenizer, load_model, load_segclip, load_tokenizer, save_checkpoint
 from conftest import GOLDEN, TINY, recorder
 from data import BENCHMARKS, VOC, Sample, SyntheticScenes, resize_bilinear, voc_palette
 from evaluate import (
@@ -25,19 +25,24 @@ from evaluate import (
     Settings,
     add_background,
     best_word,
+    centre,
     dense_labels,
     heat,
     overlay,
+    pairs_of_patches,
     pamr,
+    patch_classes,
+    picture_scores,
     pixel_regions,
     pixel_scores,
     region_scores,
     resized,
+    roc,
     window_starts,
     with_legend,
     word_colours,
 )
-from model import CLIP, PACL, DenseCLIP, ImageEncoding, SegCLIP
+from model import CLIP, DINO, PACL, DenseCLIP, ImageEncoding, SegCLIP
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Windows
@@ -147,6 +152,48 @@ def test_dense_labels_by_hand():
     assert dense_labels(cosines, owner, s)[1].tolist() == [[0, 0, 1, 1]]
 
 
+def test_background_by_entropy_by_hand():
+    """Two classes, the first of two words; four pixels: sure of the first, by either word or both; half of each."""
+    p = torch.tensor([[0.8, 0.8, 0.1, 0.5], [0.1, 0.8, 0.8, 0.1], [0.2, 0.2, 0.2, 0.5]])  # of a class by its best word
+    cosines, owner = (p.log() / 10)[:, None], torch.tensor([0, 0, 1])
+    nats = -(0.8 * math.log(0.8) + 0.2 * math.log(0.2))  # 0.5004, and ln 2 = 0.6931
+    dense = dict(protocol="dense", classes=[["x", "y"], ["a"]], logit_scale=10.0)
+    for threshold, expected in ((nats + 1e-4, [1, 1, 1, 0]), (nats - 1e-4, [0] * 4), (math.log(2) + 1e-4, [1, 1, 1, 1])):
+        scores, label = dense_labels(cosines, owner, settings_for(**dense, background_entropy=threshold))
+        assert label.tolist() == [expected] and scores.shape == (3, 1, 4)
+        assert (scores[0, 0] == (torch.tensor(expected) == 0)).all()
+    # Background is no part of the foreground, of which the second class has less than 0.4.
+    p = torch.tensor([[0.8, 0.5, 0.8, 0.2, 0.5, 0.5], [0.2, 0.5, 0.2, 0.8, 0.5, 0.5]])
+    s = settings_for(protocol="dense", logit_scale=1.0, background_entropy=0.6, area_threshold=0.4)
+    assert dense_labels(p.log()[:, None], torch.arange(2), s)[1].tolist() == [[1, 0, 1, 1, 0, 0]]
+
+
+@pytest.mark.parametrize("protocol", ["segclip", "dense"])
+def test_background_by_entropy_in_both_protocols(protocol):
+    """Regions along the words, one of which is further away: entropies of softmax((s, 0)) and softmax((s / 2, 0))."""
+
+    class Shades(Stripes):
+        def encode_image(self, image):
+            encoding = super().encode_image(image)
+            regions = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.5, 0.75**0.5]])
+            return encoding._replace(regions=regions.expand(len(image), 2, 3), features=torch.ones(len(image), 3))
+
+    s = math.exp(3)  # the learned scale of Stripes
+
+    def nats(x):
+        p = 1 / (1 + math.exp(-x))
+        return -p * math.log(p) - (1 - p) * math.log(1 - p)
+
+    found = {}
+    for threshold in (nats(s) / 2, (nats(s) + nats(s / 2)) / 2, nats(s / 2) * 2):
+        settings = settings_for(protocol=protocol, logit_scale=s, background_entropy=threshold)
+        segmenter = Segmenter(Shades(), torch.eye(3)[:2], torch.arange(2), settings)
+        [(_, result)] = segmenter([seen(halves((16, 16)), settings)])
+        assert result.scores.shape == (3, 16, 16)
+        found[threshold] = [np.unique(half).tolist() for half in (result.label[:, :8], result.label[:, 8:])]
+    assert list(found.values()) == [[[0], [0]], [[1], [0]], [[1], [2]]]
+
+
 class Stripes(torch.nn.Module):
     """Stands in for a SegCLIP: bright patches go to the first center and are the first word, dark ones to the second."""
 
@@ -162,6 +209,11 @@ class Stripes(torch.nn.Module):
         regions = torch.eye(2).expand(len(image), 2, 2)
         soft = torch.cat([bright, 1 - bright], dim=-1)
         return ImageEncoding(torch.ones(len(image), 2), regions, soft.round(), soft)
+
+    def patch_tokens(self, image):
+        """Of all the bright patches the same, and of all the dark ones, at an angle whose cosine is 0.6."""
+        bright = torch.nn.functional.avg_pool2d(image.mean(dim=1), 4).flatten(1) > 0
+        return torch.where(bright[..., None], torch.tensor([2.0, 0.0]), torch.tensor([0.6, 0.8]))
 
 
 def halves(shape):
@@ -248,6 +300,69 @@ def test_metric_of_nothing():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Semantic coherence
+
+
+@pytest.mark.parametrize("levels", [2, 5, 10**6])  # few make many ties
+def test_the_area_under_the_curve_is_a_count_of_pairs(levels):
+    random = np.random.RandomState(levels)
+    scores, same = (random.randint(levels, size=60) / levels).astype(np.float32), random.rand(60) < 0.3
+    ones, zeros = scores[same][:, None], scores[~same]
+    count = (ones > zeros).sum() + 0.5 * (ones == zeros).sum()
+    false, true, area = roc(scores, same)
+    assert area == pytest.approx(count / ones.size / zeros.size, abs=1e-12)
+    assert area == pytest.approx(np.trapezoid(true, false) if hasattr(np, "trapezoid") else np.trapz(true, false))
+    for threshold in np.unique(scores):
+        place = np.unique(-scores).tolist().index(-threshold) + 1
+        assert (false[place], true[place]) == ((zeros >= threshold).mean(), (ones >= threshold).mean())
+    assert roc(scores, same | True) is None and roc(scores, same & False) is None
+    assert roc(np.array([3.0, 2, 1]), np.array([1, 0, 0]))[2] == 1 and roc(np.ones(4), np.array([1, 0, 1, 0]))[2] == 0.5
+
+
+def test_classes_of_patches_by_hand():
+    label = np.array([[1, 1, 2, 255, 7], [1, 2, 255, 255, 7], [3, 4, 5, 5, 7], [3, 3, 255, 255, 7]], np.uint8)
+    assert patch_classes(label[:, :4], 2, 2).tolist() == [1, 255, 3, 5]
+    assert patch_classes(label[:3, :4], 2, 1).tolist() == [1, 2, 255, 1, 2, 5]  # patches overlap: the stride trick
+
+
+def test_pairs_of_patches():
+    """Tokens that are those of the classes tell everything, and no batch size changes what is drawn."""
+    settings, pairs = settings_for(stride=8), []
+    pictures = []
+    for shape in [(16, 16), (16, 40), (33, 16), (64, 64)]:
+        sample = halves(shape)
+        label = np.where(sample.picture[..., 0] > 0, 4, 2).astype(np.uint8)
+        label[:, : shape[1] // 2][label[:, : shape[1] // 2] == 2] = 255
+        pictures.append(seen(sample._replace(label=label), settings))
+    pictures.insert(1, seen(halves((16, 16)), settings))  # without a label map: not there
+    nowhere = np.full((16, 16), 255, np.uint8)
+    pictures.insert(2, seen(halves((16, 16))._replace(label=nowhere), settings))
+    for batch_size in (1, 3, 100):
+        pairs.append(pairs_of_patches(Segmenter(Stripes(), WORDS, torch.arange(2), settings, batch_size), pictures))
+    for kind, number in (("within a picture", 4000), ("across pictures", 3000)):
+        cosines, same = pairs[0][kind]
+        assert same.shape == (number,) and 0.2 < same.mean() < 0.9
+        np.testing.assert_allclose(cosines, np.where(same, 1, 0.6), atol=1e-6)
+        assert all((other[kind] == pairs[0][kind]).all() for other in pairs[1:])
+
+
+def test_tokens_before_the_texts(tiny, tiny_clip, batch):
+    image, tokens = batch[0], []
+    tiny.eval().group.register_forward_pre_hook(lambda module, inputs: tokens.append(inputs[0]))
+    tiny.encode_image(image)
+    assert torch.equal(tiny.patch_tokens(image), tokens[0])
+    pacl = PACL(tiny_clip)
+    pacl.embedder.register_forward_pre_hook(lambda module, inputs: tokens.append(inputs[0]))
+    pacl.encode_image(image)
+    assert torch.equal(pacl.patch_tokens(image), tokens[1])
+    assert torch.equal(DenseCLIP(tiny_clip).patch_tokens(image), tokens[1])
+    dino = DINO(TINY).eval()
+    assert torch.equal(PACL(tiny_clip, dino).patch_tokens(image), dino(image)[:, 1:])
+    maskclip = DenseCLIP(tiny_clip, "maskclip")
+    assert torch.equal(tiny_clip.visual.project(maskclip.patch_tokens(image)), maskclip.encode_image(image).regions)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The program
 
 ODD_PICTURES = {
@@ -271,6 +386,21 @@ def checkpoint(tmp_path_factory):
     torch.manual_seed(0)
     save_checkpoint(path, SegCLIP(TINY), merges=tokenizer.merges)
     return path
+
+
+@pytest.fixture
+def of_kind(tmp_path, checkpoint):
+    """Small checkpoints with the same vocabulary, by name."""
+
+    def save(kind):
+        torch.manual_seed(0)
+        model = {"segclip": SegCLIP, "clip": lambda config: DenseCLIP(CLIP(config)), "pacl": lambda c: PACL(CLIP(c))}[kind](
+            TINY
+        )
+        save_checkpoint(tmp_path / f"{kind}.pt", model, merges=load_tokenizer(checkpoint).merges)
+        return tmp_path / f"{kind}.pt"
+
+    return save
 
 
 @pytest.fixture
@@ -341,6 +471,172 @@ def test_analysis_of_a_checkpoint(checkpoint, tmp_path, capsys):
     assert json.loads((tmp_path / "unseen/metrics.json").read_text())["pictures"] == 5
 
 
+@pytest.mark.parametrize("kind", ["segclip", "clip", "pacl"])
+def test_coherence_of_a_checkpoint(kind, of_kind, tmp_path, capsys):
+    flags = ("--checkpoint", of_kind(kind), "--limit", 20, "--output", tmp_path, "--workers", 0)
+    run(*flags)
+    plain = json.loads((tmp_path / "metrics.json").read_text())
+    run(*flags, "--coherence")  # what is labelled already is not labelled again
+    assert "14 pictures of an earlier run" in capsys.readouterr().err and Image.open(tmp_path / "roc.png").width > 400
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    found = metrics.pop("coherence")
+    assert metrics == plain
+    area, curve = found["area"], found["true positives at 0, 5, ..., 100 % false ones"]
+    # Colours alone tell much of a scene; the first picture has none before it.
+    assert all(0.55 < value < 1 for value in area.values()) and found["pairs"] == 39 * 1000 and 0 < found["of one class"] < 1
+    assert len(curve) == 21 and curve == sorted(curve) and curve[-1] == 1
+    assert np.mean(curve) == pytest.approx(area["all pairs"], abs=0.03)
+    run(*flags, "--coherence", "--stride-trick", 2, "--batch-size", 3)
+    assert json.loads((tmp_path / "metrics.json").read_text())["coherence"]["area"] != area
+
+
+def test_coherence_needs_two_classes(checkpoint, tmp_path, capsys):
+    for folder in ("pictures", "labels"):
+        (tmp_path / folder).mkdir()
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "pictures/a.png")
+    Image.new("L", (40, 30), 1).save(tmp_path / "labels/a.png")
+    flags = ("--images", tmp_path / "pictures", "--words", "cat, dog", "--checkpoint", checkpoint, "--output", tmp_path / "o")
+    assert "label maps" in fails(*flags, "--coherence")
+    run(*flags, "--coherence", "--labels-dir", tmp_path / "labels", "--workers", 0)
+    found = json.loads((tmp_path / "o/metrics.json").read_text())["coherence"]
+    assert (
+        set(found["area"].values()) == {None}
+        and found["of one class"] == 1
+        and "curve, all pairs: -" in capsys.readouterr().out
+    )
+    Image.new("L", (40, 30), 255).save(tmp_path / "labels/a.png")
+    run(*flags, "--coherence", "--labels-dir", tmp_path / "labels", "--workers", 0)
+    assert json.loads((tmp_path / "o/metrics.json").read_text())["coherence"]["pairs"] == 0
+
+
+def test_background_by_entropy(voc, checkpoint, tmp_path):
+    flags = ("--dataset", "pascal_voc", "--data-root", voc, "--checkpoint", checkpoint, "--output", tmp_path, "--workers", 0)
+    found = {}
+    for protocol in ("segclip", "dense"):
+        for threshold in (0, 9):  # always more than the one, never more than the other: ln 20 = 3.0
+            run(*flags, "--background-entropy", threshold, "--protocol", protocol, "--templates", 1)
+            metrics = json.loads((tmp_path / "metrics.json").read_text())
+            assert metrics["background_entropy"] == threshold and metrics["background_threshold"] is None
+            assert len(metrics["classes"]) == 20 and "person" in metrics["classes"][14]  # no background among the words
+            assert list(metrics["IoU"]) == ["background", *VOC]
+            found[protocol, threshold] = [np.asarray(Image.open(p)) for p in sorted((tmp_path / "predictions").iterdir())]
+        assert all((label == 0).all() for label in found[protocol, 0])
+        assert all((label > 0).all() for label in found[protocol, 9])
+    assert "it is this or" in fails(*flags, "--background-entropy", 1.5, "--background-threshold", 0.5)
+    assert "from 0 on" in fails(*flags, "--background-entropy", "nan")
+    assert "no background" in fails("--checkpoint", checkpoint, "--background-entropy", 1.5)
+    one = ("--image", voc / "JPEGImages/tall.jpg", "--words", "cat, dog", "--checkpoint", checkpoint, "--heat")
+    run(*one, "--output", tmp_path / "one", "--background-entropy", 0)
+    assert not np.asarray(Image.open(tmp_path / "one/tall_labels.png")).any()
+    assert "it is this or" in fails(*one, "--output", tmp_path / "one", "--background-entropy", 1.5, "--background")
+
+
+def test_the_centre_of_a_picture():
+    random = np.random.RandomState(0)
+    picture = random.randint(0, 256, (32, 35, 3), np.uint8)
+    assert (centre(picture, 32) == picture[:, 2:34]).all()  # 1.5, rounded as Python does, and so torchvision
+    assert (centre(picture.transpose(1, 0, 2), 32) == picture[:, 2:34].transpose(1, 0, 2)).all()
+    picture = random.randint(0, 256, (60, 101, 3), np.uint8)  # the short side becomes 32, the long one 53 (53.9 cut off)
+    expected = np.asarray(Image.fromarray(picture).resize((53, 32), Image.BICUBIC))[:, 10:42]
+    assert (centre(picture, 32) == expected).all()
+    assert all(centre(np.zeros((*size, 3), np.uint8), 32).shape == (32, 32, 3) for size in ((1, 1), (2, 90), (90, 1)))
+
+
+@pytest.fixture
+def animals(tmp_path):
+    """A folder of pictures in folders: {class: number of pictures}."""
+    random, root = np.random.RandomState(0), tmp_path / "animals"
+    for name, number in {"red_dog": 3, "cat": 2, "Boat": 4, "bird": 1, "sheep": 2, "cow": 1, "bus": 2}.items():
+        (root / name / "deep").mkdir(parents=True)
+        for i in range(number):
+            picture = Image.fromarray(random.randint(0, 256, (4, 6, 3), np.uint8)).resize((48, 40), Image.NEAREST)
+            picture.save(root / name / ("deep" if i == 1 else "") / f"{i}.{'JPEG' if i else 'png'}")
+    (root / "bus/notes.txt").touch()
+    (root / ".hidden").mkdir()
+    return root
+
+
+def phi_by_hand(patches, text, temperature):
+    """patches [N, E], one text [E]"""
+    s = torch.nn.functional.cosine_similarity(patches, text[None], dim=1)
+    pooled = ((temperature * s).softmax(dim=0)[:, None] * patches).sum(dim=0)
+    return torch.nn.functional.cosine_similarity(pooled, text, dim=0).item()
+
+
+@pytest.mark.parametrize("kind", ["segclip", "clip", "pacl"])
+@torch.no_grad()
+def test_classification_by_hand(kind, of_kind, animals, tmp_path, capsys):
+    path = of_kind(kind)
+    (tmp_path / "words.txt").write_text("boat, ship\nbird\nbus\ncat\ncow\nred dog, dog\nsheep\n")
+    run("--classify", animals, "--checkpoint", path, "--output", tmp_path / "o", "--batch-size", 4, "--workers", 1)
+    run("--classify", animals, "--checkpoint", path, "--output", tmp_path / "o2", "--classes", tmp_path / "words.txt")
+    model, tokenizer, printed = load_model(path).eval(), load_tokenizer(path), capsys.readouterr().out
+    folders = ["Boat", "bird", "bus", "cat", "cow", "red_dog", "sheep"]
+    plain = [[name.replace("_", " ")] for name in folders]
+    synonyms = [["boat", "ship"], *plain[1:5], ["red dog", "dog"], plain[6]]
+    for output, classes in (("o", plain), ("o2", synonyms)):
+        metrics, features = json.loads((tmp_path / output / "metrics.json").read_text()), {}
+        for word in sum(classes, []):
+            texts = tokenizer([f"{template.format(word)}." for template in evaluate.TEMPLATES[7]], 12)
+            feature = torch.nn.functional.normalize(model.encode_text(texts), dim=-1).mean(dim=0)
+            features[word] = feature / feature.norm()
+        first, five, pictures = ({name: 0 for name in folders} for _ in range(3))
+        for c, name in enumerate(folders):
+            for file in sorted((animals / name).rglob("?.*")):
+                with Image.open(file) as image:
+                    crop = np.asarray(image.convert("RGB").resize((38, 32), Image.BICUBIC).crop((3, 0, 35, 32)))
+                encoding = model.encode_image(evaluate.normalise(torch.tensor(crop).permute(2, 0, 1)[None]))
+                if kind == "pacl":
+                    scores = {word: phi_by_hand(encoding.regions[0], text, 10.0) for word, text in features.items()}
+                else:
+                    feature = encoding.features[0] / encoding.features[0].norm()
+                    scores = {word: (feature @ text).item() for word, text in features.items()}
+                one_by_one = picture_scores(model, encoding, torch.stack(list(features.values())))[0]
+                torch.testing.assert_close(one_by_one, torch.tensor(list(scores.values())))
+                best = [max(scores[word] for word in words) for words in classes]
+                rank = sorted(best, reverse=True).index(best[c])
+                for count, limit in ((pictures, 99), (first, 1), (five, 5)):
+                    count[name] += rank < limit
+        assert metrics["pictures"] == sum(pictures.values()) == 15 and metrics["classes"] == classes
+        assert metrics["accuracy"] == {name: first[name] / pictures[name] for name in folders}
+        assert metrics["top-1"] == sum(first.values()) / 15 and metrics["top-5"] == sum(five.values()) / 15
+        assert 0 < metrics["top-5"] < 1 and (metrics["dataset"], metrics["templates"]) == ("classify", 7)
+        assert metrics["checkpoint"] == str(path) and metrics["data"] == str(animals)
+        assert f"top-1 {100 * metrics['top-1']:.2f} %  top-5 {100 * metrics['top-5']:.2f} %  over 15 pictures" in printed
+
+
+def test_two_processes_classify_as_one(of_kind, animals, tmp_path):
+    arguments = ["--classify", str(animals), "--checkpoint", str(of_kind("pacl")), "--device", "cpu", "--workers", "0"]
+    run(*arguments, "--output", tmp_path / "one")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", evaluate.__file__]
+    done = subprocess.run(
+        [*command, *arguments, "--output", str(tmp_path / "two")], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "one/metrics.json").read_text() == (tmp_path / "two/metrics.json").read_text()
+    assert done.stdout.count("top-1") == 1
+
+
+def test_classification_of_what_cannot_be(checkpoint, animals, tmp_path):
+    good = ("--classify", animals, "--checkpoint", checkpoint, "--output", tmp_path / "o", "--workers", 0)
+    run(*good, "--limit", 5, "--templates", 1, "--stride-trick", 4)
+    metrics = json.loads((tmp_path / "o/metrics.json").read_text())
+    assert metrics["pictures"] == 5 and metrics["accuracy"]["sheep"] is None
+    assert (metrics["templates"], metrics["stride_trick"]) == (1, 4)
+    for flags in (("--window", 32), ("--images", tmp_path), ("--analyse",), ("--coherence",), ("--protocol", "dense")):
+        assert f"{flags[0]}" in fails(*good, *flags) and "--classify" in fails(*good, *flags)
+    assert "no such folder" in fails(*good, "--classify", tmp_path / "none")
+    assert "no folder in it" in fails(*good, "--classify", animals / "cat/deep")
+    assert "no background" in fails(*good, "--background-entropy", 1.5)
+    (tmp_path / "words.txt").write_text("cat\ndog\n")
+    message = fails(*good, "--classes", tmp_path / "words.txt")
+    assert "2 classes" in message and f"{animals} has 7" in message
+    (animals / "cow/0.png").write_text("no picture")
+    assert str(animals / "cow/0.png") in fails(*good) and str(animals / "cow/0.png") in fails(*good, "--workers", 1)
+    (animals / "cow/0.png").unlink()
+    assert f"{animals / 'cow'}: no picture" in fails(*good)
+
+
 def test_the_stride_trick(checkpoint, tmp_path, capsys):
     """At a patch's size it is none; below, the patches overlap, and their number is that of the places they can have."""
     labels = {}
@@ -384,7 +680,7 @@ def test_comparison(checkpoint, tmp_path, monkeypatch, capsys):
         assert f"| {100 * metrics['mIoU']:.1f} % |" in row and metrics["readout"] in row.lower() + " clip"
 
 
-@pytest.mark.parametrize("flags", [("--analyse",), ("--image", "photo.jpg", "--words", "cat, dog")])
+@pytest.mark.parametrize("flags", [("--analyse",), ("--coherence",), ("--image", "photo.jpg", "--words", "cat, dog")])
 def test_what_only_one_process_can_do(checkpoint, tmp_path, monkeypatch, flags):
     monkeypatch.setattr(evaluate.dist, "is_initialized", lambda: True)
     with pytest.raises(InputError, match="one process"):

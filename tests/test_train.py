@@ -465,6 +465,7 @@ def test_losses_that_are_left_out(tmp_path):
         ("--patch-temperature 3", "--method segclip has no --patch-temperature"),
         ("--data nowhere.tar", "nowhere.tar"),
         ("--eval-every 1 --evaluate=--stride=999", "--stride 999"),
+        ("--eval-every 1 --evaluate=--classify=pictures", "--classify has no mIoU"),
     ],
 )
 def test_flags_that_make_no_sense(tmp_path, flags, word):
