@@ -84,7 +84,7 @@ RECIPES = {
         "output": "runs/synthetic",
         "save_every": 200,
         "vocabulary": "learned",
-        "steps": 1800,
+        "steps": 1700,
         "batch_size": 64,
         "lr": 1e-3,
         "warmup": 0.1,
@@ -204,7 +204,7 @@ def parse_args(argv=None):
     recipe.add_argument(
         "--text-length", type=int, metavar="T", help="tokens of a caption [%(default)s; None: context_length]"
     )
-    recipe.add_argument("--steps", type=int, help="0 writes the untrained model, to compare with [small: 1800]")
+    recipe.add_argument("--steps", type=int, help="0 writes the untrained model, to compare with [small: 1700]")
     recipe.add_argument("--epochs", type=float, help="in place of --steps: how often each pair is seen [paper: 10]")
     recipe.add_argument("--batch-size", type=int, help="pairs in a step, over all processes [%(default)s]")
     recipe.add_argument("--lr", type=float, help="learning rate at its peak [%(default)s]")
