@@ -121,7 +121,10 @@ def table(output, rows, seeds):
         results = [read(output / name.replace("/", "-") / str(seed)) for seed in seeds]
         cells = []
         for column in COLUMNS:
-            values = [100 * result[column] for result in results]
+            values = [100 * result[column] for result in results if result[column] is not None]
+            if not values:  # too few pictures for captions
+                cells.append("-")
+                continue
             spread = f" ± {statistics.stdev(values):.1f}" if column == "mIoU" and len(values) > 1 else ""
             cells.append(f"{statistics.mean(values):.1f}{spread}")
         print(f"| {what} | {' | '.join(cells)} | {paper} |")
