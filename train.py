@@ -204,7 +204,7 @@ def parse_args(argv=None):
     recipe.add_argument(
         "--text-length", type=int, metavar="T", help="tokens of a caption [%(default)s; None: context_length]"
     )
-    recipe.add_argument("--steps", type=int, help="0 writes the untrained model, to compare with [small: 1700]")
+    recipe.add_argument("--steps", type=int, help="0 writes the untrained model, to compare with [small: 1700; with pacl 600]")
     recipe.add_argument("--epochs", type=float, help="in place of --steps: how often each pair is seen [paper: 10]")
     recipe.add_argument("--batch-size", type=int, help="pairs in a step, over all processes [%(default)s]")
     recipe.add_argument("--lr", type=float, help="learning rate at its peak [%(default)s]")
@@ -249,6 +249,7 @@ def parse_args(argv=None):
         defaults |= {"output": "runs/pacl", "init": defaults.get("init", CLIP_OF_SCENES), "freeze": False, "clip_lr": None}
         defaults |= {"weight_decay": 0.2, "reconstruction_weight": 0.0, "superpixel_weight": 0.0}
         defaults |= {"lr": 5e-4, "batch_size": 4096, "warmup": 0.0} if paper else {}
+        length = length if paper else {"steps": 600, "epochs": None}
     if first.method == "clip":
         lr = defaults.get("clip_lr") or defaults["lr"]  # all that it trains is CLIP's
         defaults |= {"output": "runs/clip", "lr": lr, "clip_lr": None, "reconstruction_weight": 0.0, "superpixel_weight": 0.0}
