@@ -54,7 +54,7 @@ ROWS = {  # name: (what, flags of train.py or None, flags of evaluate.py, the pa
     "pacl": ("PACL on it", "--method pacl --init {clip}", "", ""),
 }
 FIRST = ("default", "clip")  # of which others need the checkpoint
-COLUMNS = ("mIoU", "names perfect", "purity", "patches", "named right", "captions")  # what --analyse says, by these words
+COLUMNS = ("mIoU", "names perfect", "purity", "named right", "captions")  # what --analyse says, by these words
 
 
 class SegmentedScenes(SyntheticScenes):
