@@ -303,12 +303,11 @@ def pixel_scores(scores, regions, grid=None):
 def window_scores(encoding, text, owner, scale, settings):
     """[B, L, channels]: class scores with background (segclip), or the cosine of each word (dense). For background by
     entropy, which is found later, both of them."""
-    cosines = F.normalize(encoding.regions.float(), dim=-1) @ text.T
     if settings.protocol == "dense":
-        return cosines
+        return F.normalize(encoding.regions.float(), dim=-1) @ text.T
     scores = best_word(region_scores(encoding, text, scale, settings.top_k), owner, len(settings.classes))
     if settings.background_entropy is not None:
-        return torch.cat([scores, cosines], dim=2)
+        return torch.cat([scores, F.normalize(encoding.regions.float(), dim=-1) @ text.T], dim=2)
     return scores if settings.background_threshold is None else add_background(scores, settings.background_threshold)
 
 
@@ -903,7 +902,7 @@ def parse_args(argv=None):
         "--stride-trick",
         type=int,
         metavar="S",
-        help="pixels from one patch to the next: less than a patch gives finer maps, and takes (P/S)^2 times as long [patch size]",
+        help="pixels from one patch to the next: less than a patch gives finer maps, of about (P/S)^2 times as many patches [patch size]",
     )
     how.add_argument(
         "--refine", choices=("pamr",), help="move the borders to those of the colours, by pixel-adaptive refinement [no]"

@@ -223,9 +223,9 @@ class CLIP(nn.Module):
         *blocks, last = visual.transformer.resblocks
         for block in blocks:
             x = block(x)
-        class_token = last(x)[:, 0]
-        x = read_out(last, x, readout, visual.grid(*image.shape[-2:]))
-        return class_token, x[:, 1:]
+        trained = last(x)  # [B, 1 + N, D]
+        dense = trained if readout == "clip" else read_out(last, x, readout, visual.grid(*image.shape[-2:]))
+        return trained[:, 0], dense[:, 1:]
 
     def encode_text(self, text):
         """[B, T] token ids -> [B, E], from the end token: the largest id, and the one place that has seen every word."""
@@ -246,17 +246,15 @@ READOUTS = ("clip", "maskclip", "sclip", "clearclip", "naclip")
 
 
 def read_out(block, x, readout, grid):
-    """The last block of CLIP's image encoder, as each of the READOUTS has it: [B, 1 + N, D] -> [B, 1 + N, D]. No training.
+    """The last block of CLIP's image encoder in another way than it was trained, in which a patch looks at what the whole picture
+    needs: [B, 1 + N, D] -> [B, 1 + N, D]. No training. Raises ValueError for a readout that is none of these:
 
-    clip: as it was trained; a patch looks at what the whole picture needs.
     maskclip (Zhou et al., ECCV 2022): a token looks at itself alone. No residual, no MLP.
     sclip (Wang et al., ECCV 2024): queries look at queries, and keys at keys, each as alike as they are; both are added.
     clearclip (Lan et al., ECCV 2024): queries at queries. No residual, no MLP, which hold what is the same all over the picture.
     naclip (Hajimiri et al., WACV 2025): keys at keys, and all the more the nearer. No residual, no MLP.
     grid: rows and columns of the N patches.
     """
-    if readout == "clip":
-        return block(x)
     attn = block.attn
     qkv = F.linear(block.ln_1(x), attn.in_proj_weight, attn.in_proj_bias)
     q, k, v = qkv.unflatten(-1, (3, attn.heads, -1)).permute(2, 0, 3, 1, 4)  # each [B, heads, 1 + N, D/heads]

@@ -204,7 +204,9 @@ def parse_args(argv=None):
     recipe.add_argument(
         "--text-length", type=int, metavar="T", help="tokens of a caption [%(default)s; None: context_length]"
     )
-    recipe.add_argument("--steps", type=int, help="0 writes the untrained model, to compare with [small: 1700; with pacl 600]")
+    recipe.add_argument(
+        "--steps", type=int, help="0 writes the untrained model, to compare with [small: 1700; with pacl 600]"
+    )
     recipe.add_argument("--epochs", type=float, help="in place of --steps: how often each pair is seen [paper: 10]")
     recipe.add_argument("--batch-size", type=int, help="pairs in a step, over all processes [%(default)s]")
     recipe.add_argument("--lr", type=float, help="learning rate at its peak [%(default)s]")
@@ -280,9 +282,10 @@ def check(args, world):
         raise InputError(f"--recipe {args.recipe} needs --data")
     if args.from_scratch and args.init:
         raise InputError("--from-scratch or --init, not both")
-    others = (*ADDED, "clip_lr", "reconstruction_weight", "superpixel_weight")
-    others = {"segclip": (), "clip": others, "pacl": (*others, "from_scratch", "freeze")}[args.method]
-    for name in (*others, "patch_temperature", "image_encoder") if args.method != "pacl" else others:
+    of_segclip = (*ADDED, "clip_lr", "reconstruction_weight", "superpixel_weight")
+    of_pacl = ("patch_temperature", "image_encoder")
+    unread = {"segclip": of_pacl, "clip": of_segclip + of_pacl, "pacl": (*of_segclip, "from_scratch", "freeze")}
+    for name in unread[args.method]:
         if getattr(args, name):
             raise InputError(f"--method {args.method} has no --{name.replace('_', '-')}")
     if args.method == "pacl" and args.accumulate > 1:
@@ -379,7 +382,7 @@ def parameter_groups(model, args):
     """What is trained, by peak learning rate and weight decay (for AdamW), as Section 3.2 says.
 
     --clip-lr is for CLIP's text encoder, temperature and image blocks before the group module. All else has --lr: what
-    SegCLIP adds, and what comes after it in the image encoder, pre-trained or not. (With --method clip nothing does.)
+    SegCLIP adds, and what comes after it in the image encoder, pre-trained or not. (The other methods have no --clip-lr.)
     """
     config, visual, late = model.config, "clip.visual.", ()
     if args.method == "segclip":

@@ -424,6 +424,18 @@ def run(*arguments):
     evaluate.main([str(x) for x in arguments])
 
 
+def run_as_one_and_as_two(arguments, folder):
+    """With one process and with two, which must find the same -> what the two printed."""
+    run(*arguments, "--output", folder / "one")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", evaluate.__file__]
+    done = subprocess.run(
+        [*command, *arguments, "--output", str(folder / "two")], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert (folder / "one/metrics.json").read_text() == (folder / "two/metrics.json").read_text()
+    return done
+
+
 def test_a_folder_in_voc_layout(voc, checkpoint, tmp_path, capsys):
     run("--dataset", "pascal_voc", "--data-root", voc, "--checkpoint", checkpoint, "--output", tmp_path / "out")
     metrics = json.loads((tmp_path / "out/metrics.json").read_text())
@@ -607,14 +619,7 @@ def test_classification_by_hand(kind, of_kind, animals, tmp_path, capsys):
 
 def test_two_processes_classify_as_one(of_kind, animals, tmp_path):
     arguments = ["--classify", str(animals), "--checkpoint", str(of_kind("pacl")), "--device", "cpu", "--workers", "0"]
-    run(*arguments, "--output", tmp_path / "one")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", evaluate.__file__]
-    done = subprocess.run(
-        [*command, *arguments, "--output", str(tmp_path / "two")], capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "one/metrics.json").read_text() == (tmp_path / "two/metrics.json").read_text()
-    assert done.stdout.count("top-1") == 1
+    assert run_as_one_and_as_two(arguments, tmp_path).stdout.count("top-1") == 1
 
 
 def test_classification_of_what_cannot_be(checkpoint, animals, tmp_path):
@@ -1100,13 +1105,7 @@ def test_two_processes_give_the_metrics_of_one(voc, checkpoint, tmp_path):
         "--workers",
         "0",
     ]
-    run(*arguments, "--output", tmp_path / "one")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", evaluate.__file__]
-    done = subprocess.run(
-        [*command, *arguments, "--output", str(tmp_path / "two")], capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "one/metrics.json").read_text() == (tmp_path / "two/metrics.json").read_text()
+    run_as_one_and_as_two(arguments, tmp_path)
 
 
 def fails(*arguments):
