@@ -20,6 +20,7 @@ import sys
 import tarfile
 import time
 import zipfile
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -455,12 +456,16 @@ class TrainingPairs(torch.utils.data.Dataset):
     the faults met: (kind, text), ...
     `source[i]` is a Sample, or raises a Fault; then the next one stands in, and if many in a row fail, one chosen at random.
     What is seen at a place depends on nothing else: not on who asks, nor when, nor on faults elsewhere. (An InputError is
-    returned and not raised, see `raised`.) rule: for patch_labels; None: no superpixels are needed.
+    returned and not raised, see `raised`.) rule: for patch_labels; None: no superpixels are needed. nouns, templates: see `text`.
     """
 
-    def __init__(self, source, tokenizer, config, crop_scale=1.0, seed=0, text_length=None, rule="floor"):
+    def __init__(
+        self, source, tokenizer, config, crop_scale=1.0, seed=0, text_length=None, rule="floor", nouns=(), templates=()
+    ):
         self.source, self.tokenizer, self.config, self.crop_scale = source, tokenizer, config, crop_scale
         self.seed, self.text_length, self.rule = seed, text_length or config.context_length, rule
+        self.templates, longest_first = templates, sorted(map(str.lower, nouns), key=len, reverse=True)
+        self.nouns = re.compile(rf"\b(?:{'|'.join(map(re.escape, longest_first))})\b") if nouns else None
 
     def __getitem__(self, key):
         place, index = key
@@ -488,8 +493,16 @@ class TrainingPairs(torch.utils.data.Dataset):
             segments = superpixels(sample.picture, size, patch_size)
         picture, segments = random_resized_crop(sample.picture, segments, size, rng, self.crop_scale)
         superpatch = patch_labels(segments, patch_size, self.rule or "floor")
-        text = self.tokenizer(sample.caption, self.text_length)[0]
+        text = self.tokenizer(self.text(sample.caption, rng), self.text_length)[0]
         return picture, superpatch, text.numpy(), faults
+
+    def text(self, caption, rng):
+        """The caption, or one of the nouns in it in one of the templates: each of these texts as often (PACL)."""
+        if not self.nouns:
+            return caption
+        found = dict.fromkeys(self.nouns.findall(caption.lower()))  # each once, in order
+        texts = [caption, *(f"{template.format(noun)}." for noun in found for template in self.templates)]
+        return texts[rng.randint(len(texts))]
 
 
 class Prepared(torch.utils.data.Dataset):
@@ -530,6 +543,18 @@ def in_parallel(dataset, workers, indices=None):
 
 def unchanged(item):
     return item
+
+
+def progress(items, total, what):
+    """The same items; every five seconds a line tells how many of `total` have come."""
+    start = last_line = time.time()
+    for n, item in enumerate(items, 1):
+        yield item
+        if time.time() - last_line > 5:
+            last_line = time.time()
+            rate = n / (last_line - start)
+            eta = datetime.timedelta(seconds=round((total - n) / rate))
+            print(f"{n} of {total} {what}, {rate:.1f} a second, ETA {eta}", file=sys.stderr)
 
 
 def ignore_signals(worker=None):
@@ -871,19 +896,17 @@ class Shards(torch.utils.data.Dataset):
 
 
 def open_shards(pattern, image_size, suffix, workers, max_faults, rank, world):
-    paths, shards, damaged, last_line = expand(pattern), [], [], time.time()
+    paths, shards, damaged = expand(pattern), [], []
     if world > 1:  # each process makes its share of the indices; then all find all
         for _ in in_parallel(Shards(paths[rank::world], image_size, suffix), workers):
             pass
         dist.barrier()
-    for n, (path, shard) in enumerate(zip(paths, in_parallel(Shards(paths, image_size, suffix), workers)), 1):
+    found = in_parallel(Shards(paths, image_size, suffix), workers)
+    for path, shard in zip(paths, progress(found, len(paths), "shards have an index") if rank == 0 else found):
         if isinstance(shard, TarShard) and len(shard):
             shards.append(shard)
         if not isinstance(shard, TarShard) or not shard.complete:
             damaged.append(f"{path} ({'it is cut off' if isinstance(shard, TarShard) else shard})")
-        if rank == 0 and time.time() - last_line > 5:
-            last_line = time.time()
-            print(f"{n} of {len(paths)} shards have an index", file=sys.stderr)
     whole = [len(shard) for shard in shards if shard.complete]
     if not whole:
         raise InputError(f"--data {pattern}: no shard is whole: {', '.join(damaged[:3])}")
@@ -1217,40 +1240,30 @@ def main(argv=None):
     sources = [source for source in sources if not isinstance(source, SyntheticScenes)]
     if not sources:
         raise InputError("synthetic scenes are drawn anew each time: their superpixels cannot be computed before")
-    progress = Progress(sum(map(len, sources)))
+    start, counts = time.time(), Counter()
     for source in sources:
         todo = source.unsegmented()
-        progress.skipped += 0 if todo else len(source)
+        counts["there"] += 0 if todo else len(source)
         if todo:
-            source.save_superpixels(progress.of(in_parallel(SuperpixelJobs(source, todo, *sizes), args.workers)))
+            results = progress(in_parallel(SuperpixelJobs(source, todo, *sizes), args.workers), len(todo), "pictures")
+            source.save_superpixels(counted(results, counts))
             print(f"wrote {source.superpixels}")
     print(
-        f"superpixels of {progress.done} pictures in {time.time() - progress.start:.0f} s, "
-        f"{progress.bytes / max(progress.done, 1):.0f} bytes each; {progress.broken} broken pictures have none; "
-        f"{progress.skipped} pairs had theirs"
+        f"superpixels of {counts['done']} pictures in {time.time() - start:.0f} s, "
+        f"{counts['bytes'] / max(counts['done'], 1):.0f} bytes each; {counts['broken']} broken pictures have none; "
+        f"{counts['there']} pairs had theirs"
     )
 
 
-class Progress:
-    """Counts what passes through it, and tells of it every five seconds."""
-
-    def __init__(self, total):
-        self.total, self.skipped, self.done, self.broken, self.bytes = total, 0, 0, 0, 0
-        self.start = self.last_line = time.time()
-
-    def of(self, results):
-        for name, result in results:
-            if isinstance(result, Fault):
-                self.broken += 1
-                print(result, file=sys.stderr)
-                continue
-            self.done, self.bytes = self.done + 1, self.bytes + len(result)
+def counted(results, counts):
+    """The results that are superpixels; those, their bytes, and the pictures that have none are counted."""
+    for name, result in results:
+        if isinstance(result, Fault):
+            counts["broken"] += 1
+            print(result, file=sys.stderr)
+        else:
+            counts.update(done=1, bytes=len(result))
             yield name, result
-            if time.time() - self.last_line > 5:
-                self.last_line = time.time()
-                rate, most = self.done / (self.last_line - self.start), self.total - self.skipped
-                eta = datetime.timedelta(seconds=round((most - self.done - self.broken) / rate))
-                print(f"{self.done} pictures of at most {most}, {rate:.0f} a second, ETA {eta}", file=sys.stderr)
 
 
 if __name__ == "__main__":

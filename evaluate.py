@@ -11,13 +11,11 @@ python evaluate.py --classify photos --checkpoint pacl.pt          whole picture
 
 import argparse
 import colorsys
-import datetime
 import hashlib
 import itertools
 import json
 import os
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -50,6 +48,7 @@ from data import (
     in_parallel,
     listed,
     normalise,
+    progress,
     raised,
     read_lines,
     resize_bilinear,
@@ -135,10 +134,10 @@ class Settings:
     short_side: int  # in pixels, of the picture as the model sees it
     window: int
     stride: int
-    top_k: int | None  # segclip only
-    logit_scale: float | None  # None: the learned one
-    background_threshold: float | None
-    area_threshold: float | None  # dense only: classes with a smaller share of the foreground are left out
+    top_k: int | None = None  # segclip only
+    logit_scale: float | None = None  # None: the learned one
+    background_threshold: float | None = None
+    area_threshold: float | None = None  # dense only: classes with a smaller share of the foreground are left out
     stride_trick: int | None = None  # in pixels, from one patch to the next; None: the patch size
     refine: str | None = None
     background_entropy: float | None = None  # in place of background_threshold
@@ -192,9 +191,9 @@ def choose_settings(args, dataset, size):
             raise InputError(f"--background-entropy {args.background_entropy}: must be a number from 0 on")
         threshold = None
     if args.classify:
-        return Settings("classify", words, args.templates or 7, size, size, size, None, None, None, None, args.stride_trick)
+        return Settings("classify", words, args.templates or 7, size, size, size, stride_trick=args.stride_trick)
     if args.protocol == "segclip":
-        s = Settings("segclip", words, 1, size, size, size, 5, None, threshold, None)
+        s = Settings("segclip", words, 1, size, size, size, top_k=5)
     else:  # the settings of SCLIP's tables, for a model of 224 pixels
         background = [] if threshold is None else [["background"]]
         if not args.classes:
@@ -206,7 +205,8 @@ def choose_settings(args, dataset, size):
         scale = {"pascal_voc": 65, "pascal_context": 50, "coco_object": 50}.get(name, 40)
         short = {"coco_stuff": 448, "cityscapes": 560}.get(name, 336) * size // 224
         area = 0.1 if name == "pascal_voc" else None
-        s = Settings("dense", words, 80, short, size, size // 2, None, scale, threshold, area)
+        s = Settings("dense", words, 80, short, size, size // 2, logit_scale=scale, area_threshold=area)
+    s.background_threshold = threshold
     for field in ("templates", "short_side", "window", "stride", "top_k", "stride_trick", "refine", "background_entropy"):
         if getattr(args, field) is not None:
             setattr(s, field, getattr(args, field))
@@ -367,7 +367,7 @@ class Segmenter:
 
     def run(self, encoder, crops):
         """What the encoder makes of [n, 3, window, window], a list with each batch's, and the rows and columns of patches."""
-        visual, window = getattr(self.model, "visual", self.model.clip.visual), crops.shape[-1]  # PACL's may be a DINO
+        visual, window = self.model.visual, crops.shape[-1]
         conv1, own = visual.conv1, visual.conv1.stride
         conv1.stride = (self.settings.stride_trick,) * 2 if self.settings.stride_trick else own
         with torch.autocast(crops.device.type, torch.bfloat16, enabled=self.bf16):
@@ -451,18 +451,6 @@ def batches(items, size):
     items = iter(items)
     while batch := list(itertools.islice(items, size)):
         yield batch
-
-
-def progress(items, total, rank=0, world=1):
-    """The same items; every five seconds, process 0 tells how many have come."""
-    start = last_line = time.time()
-    for n, item in enumerate(items, 1):
-        yield item
-        if rank == 0 and time.time() - last_line > 5:
-            last_line = time.time()
-            rate = n / (last_line - start)
-            eta = datetime.timedelta(seconds=round((total - n) / rate))
-            print(f"picture {n * world}/{total * world}  {rate * world:.1f} pictures/s  ETA {eta}", file=sys.stderr)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -556,9 +544,14 @@ def majority(parts, label):
 class Analysis:
     """What the score would be if one part of the model were perfect, and how good that part is by itself."""
 
-    def __init__(self, num_classes, model, tokenizer, text, owner, settings):
-        self.model, self.tokenizer, self.text, self.owner, self.settings = model, tokenizer, text, owner, settings
-        self.top_k = settings.top_k or 5
+    def __init__(self, num_classes, segmenter, tokenizer):
+        self.model, self.text, self.owner, self.settings = (
+            segmenter.model,
+            segmenter.text,
+            segmenter.owner,
+            segmenter.settings,
+        )
+        self.tokenizer, self.top_k = tokenizer, segmenter.settings.top_k or 5
         self.ceiling, self.grouped, self.named, self.patches = (Score(num_classes) for _ in range(4))
         self.regions, self.right_names, self.words_found, self.captions, self.features = [], [], [], [], []
 
@@ -634,7 +627,7 @@ def pairs_of_patches(segmenter, pictures):
 
     From each picture one of its windows is drawn, and from that PAIRS of patches, and as many with the picture before it.
     """
-    s, visual = segmenter.settings, segmenter.model.clip.visual
+    s, visual = segmenter.settings, segmenter.model.visual
     windows, draw = np.random.RandomState(0), np.random.RandomState(1)  # two, so that the size of a batch changes nothing
     found, before = {"within a picture": [], "across pictures": []}, None
     for batch in batches((item for item in pictures if item[0].label is not None), segmenter.batch_size):
@@ -1060,16 +1053,9 @@ def evaluate(args, model, tokenizer, rank, world, origin):
 
     origin: what tells this model from others, for metrics.json and for knowing earlier predictions. Raises InputError.
     """
-    device = model.clip.logit_scale.device
     dataset, settings, count = plan(args, model.config)
-    words = ["background", *dataset.words] if settings.has_background() else dataset.words
-    # Scores on scenes belong to one run of training; each has a folder already.
-    kind = kind_of(args)
-    home = Path("runs", args.checkpoint.replace("/", "-")) if args.checkpoint in MODELS else Path(args.checkpoint).parent
-    beside = {"synthetic": home, "synthetic-unseen": home / "unseen"}
-    output = Path(args.output or beside.get(kind, f"runs/{kind}"))
+    kind, output = kind_of(args), output_folder(args)
     make_folder(output)
-
     source = args.classify or args.image or args.images or args.data_root
     record = {
         "dataset": kind,
@@ -1080,32 +1066,99 @@ def evaluate(args, model, tokenizer, rank, world, origin):
         "precision": args.precision,
         **vars(settings),
     }
-    mine = range(rank, count, world)
     text, owner = class_features(model, tokenizer, settings)
     segmenter = Segmenter(model, text, owner, settings, args.batch_size, args.precision == "bf16")
-    if args.classify:
-        loader = raised(in_parallel(Seen(dataset, settings), args.workers, mine))
-        counts = classify(segmenter, progress(loader, len(mine), rank, world)).to(device)
-        if world > 1:
-            dist.all_reduce(counts)
-        if rank:
-            return None
-        total, top_1, top_5 = counts.sum(dim=1).tolist()
-        per_class = {name: right / n if n else None for name, (n, right, _) in zip(dataset.folders, counts.T.tolist())}
-        metrics = {"top-1": top_1 / total, "top-5": top_5 / total, "accuracy": per_class, "pictures": total}
+    words = ["background", *dataset.words] if settings.has_background() else dataset.words
+    task = Task(args, dataset, words, count, segmenter, tokenizer, output, record, rank, world)
+    if args.image:
+        return show_picture(task)
+    metrics, written = score_classification(task) if args.classify else score_segmentation(task)
+    if rank:
+        return None
+    if metrics:
         metrics |= {"limit": args.limit, **record}
         (output / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
-        print(f"wrote {output}/metrics.json", file=sys.stderr)
-        return metrics
+        written.append(f"{output}/metrics.json")
+    elif args.labels_dir:
+        print(f"{args.labels_dir}: no label map has the name of a picture", file=sys.stderr)
+    print(f"wrote {', '.join(written)}", file=sys.stderr)
+    return metrics
 
-    shown, todo, score, labelled, examples = set(mine[:6]), [], Score(len(words)), 0, []
 
-    def label_path(i):
-        return output / "predictions" / f"{dataset.names[i]}.png"
+class Task(NamedTuple):
+    """What is to be labelled, with what, and where the result goes."""
 
-    keys = {i: prediction_key(record, dataset.picture_path(i)) for i in mine}
-    for i in mine:  # what was done before with the very same settings and picture is not done again
-        earlier = None if i in shown or args.analyse else read_prediction(label_path(i), keys[i])
+    args: argparse.Namespace
+    dataset: object
+    words: list  # of the classes, background among them
+    count: int  # of pictures
+    segmenter: Segmenter
+    tokenizer: object
+    output: Path
+    record: dict  # all that a prediction depends on
+    rank: int
+    world: int
+
+    def seen(self, indices):
+        """These pictures, as Segmenter takes them; process 0 tells how far it is."""
+        pictures = raised(in_parallel(Seen(self.dataset, self.segmenter.settings), self.args.workers, indices))
+        return progress(pictures, len(indices), "pictures") if self.rank == 0 else pictures
+
+    def sum(self, counts):
+        """Integers, summed over the processes."""
+        totals = torch.as_tensor(counts, device=self.segmenter.text.device)
+        if self.world > 1:
+            dist.all_reduce(totals)
+        return totals.cpu()
+
+
+def output_folder(args):
+    """--output, or: scores on scenes belong to one run of training, which has a folder already; others have their own."""
+    home = Path("runs", args.checkpoint.replace("/", "-")) if args.checkpoint in MODELS else Path(args.checkpoint).parent
+    beside = {"synthetic": home, "synthetic-unseen": home / "unseen"}
+    return Path(args.output or beside.get(kind_of(args), f"runs/{kind_of(args)}"))
+
+
+def score_classification(task):
+    """-> metrics of whole pictures, and no files."""
+    mine = range(task.rank, task.count, task.world)
+    counts = task.sum(classify(task.segmenter, task.seen(mine)))
+    total, top_1, top_5 = counts.sum(dim=1).tolist()
+    per_class = {name: right / n if n else None for name, (n, right, _) in zip(task.dataset.folders, counts.T.tolist())}
+    return {"top-1": top_1 / total, "top-5": top_5 / total, "accuracy": per_class, "pictures": total}, []
+
+
+def score_segmentation(task):
+    """Label all pictures -> metrics, None where no picture has a label map, and the files that were written."""
+    args, output = task.args, task.output
+    analysis = Analysis(len(task.words), task.segmenter, task.tokenizer) if args.analyse else None
+    score, labelled, examples = label_pictures(task, analysis)
+    labelled, score.counts = task.sum([labelled]).item(), task.sum(score.counts).numpy()
+    if task.rank:
+        return None, []
+    draw_examples(examples, task.words, task.dataset.palette, output / "examples.png")
+    metrics, written = None, [f"{output}/predictions/", f"{output}/examples.png"]
+    if labelled:
+        per_class = {word: None if np.isnan(iou) else float(iou) for word, iou in zip(task.words, score.iou())}
+        metrics = score.summary() | {"IoU": per_class, "pictures": labelled}
+        if analysis:
+            metrics["analysis"] = analysis.summary()
+        if args.coherence:
+            shuffled = np.random.RandomState(0).permutation(task.count).tolist()  # so the picture before is any other
+            metrics["coherence"] = coherence(task.segmenter, task.seen(shuffled), output / "roc.png")
+            written.append(f"{output}/roc.png")
+    return metrics, written
+
+
+def label_pictures(task, analysis):
+    """Label this process's pictures and save it, but for those that an earlier run labelled with the very same settings
+    -> Score, how many have label maps, and the first six as draw_examples has them."""
+    dataset, mine = task.dataset, range(task.rank, task.count, task.world)
+    shown, todo, score, labelled, examples = set(mine[:6]), [], Score(len(task.words)), 0, []
+    paths = {i: task.output / "predictions" / f"{dataset.names[i]}.png" for i in mine}
+    keys = {i: prediction_key(task.record, dataset.picture_path(i)) for i in mine}
+    for i in mine:
+        earlier = None if i in shown or analysis else read_prediction(paths[i], keys[i])
         if earlier is None:
             todo.append(i)
         elif (label := dataset[i].label) is not None:
@@ -1114,12 +1167,8 @@ def evaluate(args, model, tokenizer, rank, world, origin):
     if len(todo) < len(mine):
         print(f"{len(mine) - len(todo)} pictures of an earlier run with the same settings are reused", file=sys.stderr)
 
-    analysis = Analysis(len(words), model, tokenizer, text, owner, settings) if args.analyse else None
-    loader = in_parallel(Seen(dataset, settings), args.workers, todo)
-    for i, (sample, result) in zip(todo, progress(segmenter(raised(loader)), len(todo), rank, world)):
-        if args.image:
-            return show_picture(sample, result, words, output, args.heat)
-        save_labels(label_path(i), result.label, dataset.palette, keys[i])
+    for i, (sample, result) in zip(todo, task.segmenter(task.seen(todo))):
+        save_labels(paths[i], result.label, dataset.palette, keys[i])
         if sample.label is not None:
             labelled += 1
             score.add(result.label, sample.label)
@@ -1127,32 +1176,7 @@ def evaluate(args, model, tokenizer, rank, world, origin):
                 analysis.add(sample, result)
         if i in shown:
             examples.append((sample.picture, sample.label, result.regions, result.label))
-
-    totals = torch.tensor([labelled, *score.counts.ravel()], device=device)
-    if world > 1:
-        dist.all_reduce(totals)
-    if rank:
-        return None
-    labelled, score.counts = totals[0].item(), totals[1:].cpu().numpy().reshape(score.counts.shape)
-    draw_examples(examples, words, dataset.palette, output / "examples.png")
-    written = [f"{output}/predictions/", f"{output}/examples.png"]
-    metrics = None
-    if labelled:
-        per_class = {word: None if np.isnan(value) else float(value) for word, value in zip(words, score.iou())}
-        metrics = score.summary() | {"IoU": per_class, "pictures": labelled, "limit": args.limit, **record}
-        if analysis:
-            metrics["analysis"] = analysis.summary()
-        if args.coherence:  # in an order in which the picture before is any other
-            order = np.random.RandomState(0).permutation(count).tolist()
-            loader = in_parallel(Seen(dataset, settings), args.workers, order)
-            metrics["coherence"] = coherence(segmenter, progress(raised(loader), count), output / "roc.png")
-            written.append(f"{output}/roc.png")
-        (output / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
-        written.append(f"{output}/metrics.json")
-    elif args.labels_dir:
-        print(f"{args.labels_dir}: no label map has the name of a picture", file=sys.stderr)
-    print(f"wrote {', '.join(written)}", file=sys.stderr)
-    return metrics
+    return score, labelled, examples
 
 
 def report(metrics):
@@ -1171,10 +1195,10 @@ def report(metrics):
         print(f"{value}  {name}")
 
 
-def show_picture(sample, result, words, output, with_heat):
+def show_picture(task):
     """Write what the model sees in one picture, and print how much of it each word is."""
-    label, regions, scores, _ = result
-    palette = word_colours(words)
+    ((sample, (label, regions, scores, _)),) = task.segmenter(task.seen([0]))
+    words, output, palette = task.words, task.output, word_colours(task.words)
     share = np.bincount(label.ravel(), minlength=len(words)) / label.size
     order = [c for c in np.argsort(-share) if share[c] > 0]
     for c in order:
@@ -1184,7 +1208,7 @@ def show_picture(sample, result, words, output, with_heat):
         "overlay": with_legend(overlay(sample.picture, label, palette), entries),
         "regions": Image.fromarray(wheel(64)[regions % 64]).resize(label.shape[::-1], Image.NEAREST),
     }
-    if with_heat:
+    if task.args.heat:
         for c, word in enumerate(words):
             safe = "".join(x if x.isalnum() else "_" for x in word)[:60]
             files[f"heat_{c}_{safe}"] = heat(sample.picture, scores[c].cpu().numpy())

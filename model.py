@@ -452,46 +452,66 @@ def max_over_regions(regions):
     return regions.amax(dim=1)
 
 
-class SegCLIP(nn.Module):
+class Labeller(nn.Module):
+    """What train.py and evaluate.py ask of each model below, all of which stand on a CLIP.
+
+    encode_image(image) -> ImageEncoding; patch_tokens(image) -> [B, N, D], before anything brings them near the texts;
+    forward(image, text, reconstruct, and what draw_noise drew) -> what the losses need, the one entry that
+    DistributedDataParallel wraps.
+    """
+
+    def __init__(self, clip):
+        super().__init__()
+        self.config, self.clip = clip.config, clip
+
+    @property
+    def visual(self):
+        """The image encoder whose patches are labelled."""
+        return self.clip.visual
+
+    def encode_text(self, text):
+        """[B, T] token ids -> [B, E], CLIP's own."""
+        return self.clip.encode_text(text)
+
+    def draw_noise(self, batch, num_patches, generator=None):
+        """All the randomness of one training step, as keyword arguments of forward; here a step has none."""
+        return {}
+
+
+class SegCLIP(Labeller):
     """CLIP with a semantic group module between two blocks of its image encoder (Luo et al., ICML 2023)."""
 
     def __init__(self, config):
-        super().__init__()
-        self.config = config
+        super().__init__(CLIP(config))
         width, heads = config.vision_width, config.vision_width // 64
-        self.clip = CLIP(config)
         self.group = SemanticGroup(config)
         self.reconstruction_layer = ReconstructionLayer(config)
         num_last = config.vision_layers - config.first_stage_layers
         self.reconstruction_blocks = nn.ModuleList(Block(width, heads) for _ in range(num_last))
         self.decoder = MAEDecoder(config)
         # SegCLIP has no class token: the image feature is the maximum over the regions.
-        self.clip.visual.class_embedding.requires_grad_(False)
-
-    def encode_text(self, text):
-        """[B, T] token ids -> [B, E]."""
-        return self.clip.encode_text(text)
+        self.visual.class_embedding.requires_grad_(False)
 
     def first_stage(self, patches):
         """The blocks before the group module: [B, N, D] -> [B, N, D]."""
-        for block in self.clip.visual.transformer.resblocks[: self.config.first_stage_layers]:
+        for block in self.visual.transformer.resblocks[: self.config.first_stage_layers]:
             patches = block(patches)
         return patches
 
     def third_stage(self, regions):
         """The blocks after it: [B, L, D] -> [B, L, D]."""
-        for block in self.clip.visual.transformer.resblocks[self.config.first_stage_layers :]:
+        for block in self.visual.transformer.resblocks[self.config.first_stage_layers :]:
             regions = block(regions)
         return regions
 
     def patch_tokens(self, image):
         """[B, 3, H, W] -> H_p [B, N, D], what the group module sees."""
-        visual = self.clip.visual
+        visual = self.visual
         return self.first_stage(visual.ln_pre(visual.embed_patches(image)))
 
     def encode_image(self, image, gumbel_noise=None):
         """[B, 3, H, W] -> ImageEncoding. gumbel_noise [B, N, L] replaces the noise drawn in training."""
-        visual, patches = self.clip.visual, self.patch_tokens(image)  # H_p [B, N, D]
+        visual, patches = self.visual, self.patch_tokens(image)  # H_p [B, N, D]
         # At inference an argmax decides, and in bf16 one pixel in eighty got another label; in training the Gumbel noise
         # is far larger than the rounding.
         with nullcontext() if self.training else torch.autocast(image.device.type, enabled=False):
@@ -505,7 +525,7 @@ class SegCLIP(nn.Module):
         mask_noise [B, N] uniform: the patches with the smallest values stay visible. gumbel_noise [B, visible, L].
         Returns pixels [B, N, P*P*3], and mask [B, N] with 1 where the patch was hidden.
         """
-        visual = self.clip.visual
+        visual = self.visual
         patches = visual.ln_pre(visual.embed_patches(image))  # [B, N, D]
         B, N, D = patches.shape
         if mask_noise is None:
@@ -528,7 +548,7 @@ class SegCLIP(nn.Module):
         return max(1, int((num_patches + 1) * (1 - self.config.mask_ratio)) - 1)
 
     def draw_noise(self, batch, num_patches, generator=None):
-        """All the randomness of one training step, as the keyword arguments that forward takes."""
+        """Of the assignment, of what is hidden, and of the assignment of the rest."""
         options, L = {"generator": generator, "device": generator.device if generator else None}, self.config.num_centers
         return {
             "gumbel_noise": draw_gumbel(batch, num_patches, L, **options),
@@ -537,7 +557,6 @@ class SegCLIP(nn.Module):
         }
 
     def forward(self, image, text, gumbel_noise=None, mask_noise=None, masked_gumbel_noise=None, reconstruct=True):
-        """What the losses need, as a dictionary. The one entry that DistributedDataParallel wraps."""
         encoding = self.encode_image(image, gumbel_noise)
         outputs = {
             "image_features": encoding.features,
@@ -550,31 +569,23 @@ class SegCLIP(nn.Module):
         return outputs
 
 
-class DenseCLIP(nn.Module):
+class DenseCLIP(Labeller):
     """The baseline: CLIP, trained with its class token, and each patch token read as a region of its own; see READOUTS."""
 
     def __init__(self, clip, readout="clip"):
-        super().__init__()
-        self.config, self.clip, self.readout = clip.config, clip, readout
-
-    def encode_text(self, text):
-        """[B, T] token ids -> [B, E]."""
-        return self.clip.encode_text(text)
+        super().__init__(clip)
+        self.readout = readout
 
     def encode_image(self, image):
         """[B, 3, H, W] -> ImageEncoding: the class token's feature, and the patches'."""
         return ImageEncoding(*self.clip.encode_densely(image, self.readout), None, None)
 
     def patch_tokens(self, image):
-        """[B, 3, H, W] -> [B, N, D], before anything brings them near the texts."""
+        """[B, 3, H, W] -> [B, N, D], as `readout` makes them."""
         return self.clip.dense_tokens(image, self.readout)[1]
 
-    def draw_noise(self, batch, num_patches, generator=None):
-        """As SegCLIP's; here a step has no randomness."""
-        return {}
-
     def forward(self, image, text, reconstruct=False):
-        """As SegCLIP's, without what the reconstruction and the superpixel loss need."""
+        """Without what the reconstruction and the superpixel loss need."""
         return {
             "image_features": self.clip.encode_image(image),
             "text_features": self.encode_text(text),
@@ -625,30 +636,24 @@ class PatchEmbedder(nn.Module):
         return self.linear_2(F.relu(self.linear_1(x))) + self.skip(x)
 
 
-class PACL(nn.Module):
+class PACL(Labeller):
     """A frozen CLIP, and an embedder that is trained until its patches point where the words of their captions do.
 
     dino: a DINO, frozen too, whose patches are embedded in place of CLIP's.
     """
 
     def __init__(self, clip, dino=None):
-        super().__init__()
+        super().__init__(clip.requires_grad_(False))
         if dino and dino.patch_size != clip.config.patch_size:  # one number says in all of this project what a patch is
             raise ValueError(
                 f"DINO has patches of {dino.patch_size} pixels, CLIP of {clip.config.patch_size}: take two that agree"
             )
-        self.config, self.clip = clip.config, clip.requires_grad_(False)
         self.dino = dino and dino.requires_grad_(False)
         self.embedder = PatchEmbedder(self.visual.conv1.out_channels, clip.config.embed_dim)
 
     @property
     def visual(self):
-        """The image encoder whose patches are embedded."""
         return self.dino or self.clip.visual
-
-    def encode_text(self, text):
-        """[B, T] token ids -> [B, E], CLIP's own."""
-        return self.clip.encode_text(text)
 
     def encode_image(self, image):
         """[B, 3, H, W] -> ImageEncoding: CLIP's feature of the whole picture, and the embedded patches."""
@@ -659,10 +664,6 @@ class PACL(nn.Module):
     def patch_tokens(self, image):
         """[B, 3, H, W] -> [B, N, D], what the embedder sees."""
         return self.visual(image)[:, 1:]
-
-    def draw_noise(self, batch, num_patches, generator=None):
-        """As SegCLIP's; here a step has no randomness."""
-        return {}
 
     def forward(self, image, text, reconstruct=False):
         """What pacl_loss needs. Only the embedder has gradients."""

@@ -48,6 +48,7 @@ from clip_loader import (
 from data import (
     Batches,
     Fault,
+    SCENE_WORDS,
     Prepared,
     SyntheticScenes,
     TrainingPairs,
@@ -56,7 +57,9 @@ from data import (
     normalise,
     open_pairs,
     raised,
+    read_lines,
 )
+from evaluate import TEMPLATES
 from losses import contrastive_loss, total_loss
 from model import CLIP, PACL, Block, Config, DenseCLIP, SegCLIP
 
@@ -78,34 +81,46 @@ SMALL = Config(
     gumbel_tau=3.0,  # from scratch the scores are so far apart that 0.9 leaves the assignment hardly any gradient
     decoder_layers=1,
 )
-RECIPES = {
+CLIP_OF_SCENES = "runs/clip/checkpoint.pt"  # where --method clip leaves it, and --method pacl looks for it
+_SMALL = {
+    "data": ["synthetic"],
+    "output": "runs/synthetic",
+    "save_every": 200,
+    "vocabulary": "learned",
+    "steps": 1700,
+    "batch_size": 64,
+    "lr": 1e-3,
+    "warmup": 0.1,
+    "crop_scale": 1.0,
+}
+_PAPER = {  # Section 3.2; the warm-up, the decay and what is frozen are the authors' code's, of which the paper is silent
+    "output": "runs/paper",
+    "save_every": 2000,
+    "init": "ViT-B/16",
+    "freeze": True,
+    "vocabulary": "openai",
+    "text_length": 32,
+    "epochs": 10.0,
+    "batch_size": 768,
+    "lr": 4e-3,
+    "clip_lr": 4e-6,
+    "warmup": 0.15,
+    "crop_scale": 0.5,
+}
+_CONTRASTIVE = {"clip_lr": None, "reconstruction_weight": 0.0, "superpixel_weight": 0.0}
+_PACL = _CONTRASTIVE | {"output": "runs/pacl", "freeze": False, "weight_decay": 0.2}
+RECIPES = {  # the defaults, by --recipe and --method
     "small": {
-        "data": ["synthetic"],
-        "output": "runs/synthetic",
-        "save_every": 200,
-        "vocabulary": "learned",
-        "steps": 1700,
-        "batch_size": 64,
-        "lr": 1e-3,
-        "warmup": 0.1,
-        "crop_scale": 1.0,
+        "segclip": _SMALL,
+        "clip": _SMALL | _CONTRASTIVE | {"output": "runs/clip"},
+        "pacl": _SMALL | _PACL | {"init": CLIP_OF_SCENES, "nouns": "synthetic", "steps": 600, "lr": 3e-3},
     },
-    "paper": {  # Section 3.2; the warm-up, the decay and what is frozen are the authors' code's, of which the paper is silent
-        "output": "runs/paper",
-        "save_every": 2000,
-        "init": "ViT-B/16",
-        "freeze": True,
-        "vocabulary": "openai",
-        "text_length": 32,
-        "epochs": 10.0,
-        "batch_size": 768,
-        "lr": 4e-3,
-        "clip_lr": 4e-6,
-        "warmup": 0.15,
-        "crop_scale": 0.5,
+    "paper": {
+        "segclip": _PAPER,
+        "clip": _PAPER | _CONTRASTIVE | {"output": "runs/clip", "lr": _PAPER["clip_lr"]},  # all that it trains is CLIP's
+        "pacl": _PAPER | _PACL | {"lr": 5e-4, "batch_size": 4096, "warmup": 0.0},  # the slides'
     },
 }
-CLIP_OF_SCENES = "runs/clip/checkpoint.pt"  # where --method clip leaves it, and --method pacl looks for it
 SIZES = [field for field in dataclasses.fields(Config) if field.name != "vocab_size"]  # that one is the tokenizer's
 ADDED = ("first_stage_layers", "num_centers", "cross_layers", "gumbel_tau", "mask_ratio", "decoder_layers")
 # What the authors' program does not train when it starts from CLIP (the class token is not used at all).
@@ -131,7 +146,7 @@ def parse_args(argv=None):
     )
     run.add_argument(
         "--method",
-        choices=("segclip", "clip", "pacl"),
+        choices=RECIPES["small"],
         default="segclip",
         help="clip: the baseline, the same encoder and texts with CLIP's class token and its loss alone; pacl: an embedder of the "
         "patches of a frozen CLIP [%(default)s]",
@@ -205,6 +220,12 @@ def parse_args(argv=None):
         "--text-length", type=int, metavar="T", help="tokens of a caption [%(default)s; None: context_length]"
     )
     recipe.add_argument(
+        "--nouns",
+        metavar="FILE",
+        help="a noun in each line: the text of a pair is then not always the caption, but as often each of the nouns in it in "
+        'each of OpenAI\'s 7 templates, as in PACL; "synthetic": the words of the scenes; "none" [%(default)s]',
+    )
+    recipe.add_argument(
         "--steps", type=int, help="0 writes the untrained model, to compare with [small: 1700; with pacl 600]"
     )
     recipe.add_argument("--epochs", type=float, help="in place of --steps: how often each pair is seen [paper: 10]")
@@ -233,33 +254,31 @@ def parse_args(argv=None):
         values = f"small: {getattr(SMALL, field.name)}, paper: {field.default}"
         sizes.add_argument("--" + field.name.replace("_", "-"), type=field.type, metavar="N", help=f"[{values}]")
 
-    # The recipe's values become the defaults, so that every flag that is given stands.
-    chooser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
-    chooser.add_argument("--recipe", default="small")
-    chooser.add_argument("--from-scratch", action="store_true")
-    chooser.add_argument("--method", default="segclip")
-    try:
-        first = chooser.parse_known_args(argv)[0]
-    except argparse.ArgumentError:
-        first = chooser.parse_args([])  # the parser below says what is wrong
-    defaults = dict(RECIPES.get(first.recipe, {}))
+    # The recipe's values become the defaults, so that every flag that is given stands. (Of steps and epochs, one is given.)
+    defaults = recipe_defaults(argv)
     length = {name: defaults.pop(name, None) for name in ("steps", "epochs")}
-    if first.from_scratch:
-        defaults |= {"init": None, "freeze": False, "clip_lr": None}
-    if first.method == "pacl":
-        paper = first.recipe == "paper"
-        defaults |= {"output": "runs/pacl", "init": defaults.get("init", CLIP_OF_SCENES), "freeze": False, "clip_lr": None}
-        defaults |= {"weight_decay": 0.2, "reconstruction_weight": 0.0, "superpixel_weight": 0.0}
-        defaults |= {"lr": 5e-4, "batch_size": 4096, "warmup": 0.0} if paper else {}
-        length = length if paper else {"steps": 600, "epochs": None}
-    if first.method == "clip":
-        lr = defaults.get("clip_lr") or defaults["lr"]  # all that it trains is CLIP's
-        defaults |= {"output": "runs/clip", "lr": lr, "clip_lr": None, "reconstruction_weight": 0.0, "superpixel_weight": 0.0}
     parser.set_defaults(**defaults)
     args = parser.parse_args(argv)
     if args.steps is None and args.epochs is None:
         args.steps, args.epochs = length["steps"], length["epochs"]
     return args
+
+
+def recipe_defaults(argv):
+    """The entry of RECIPES that the command line asks for; what is wrong in it is left for parse_args to say."""
+    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
+    parser.add_argument("--recipe", choices=RECIPES, default="small")
+    parser.add_argument("--method", choices=RECIPES["small"], default="segclip")
+    parser.add_argument("--from-scratch", action="store_true")
+    try:
+        args = parser.parse_known_args(argv)[0]
+    except argparse.ArgumentError:
+        args = parser.parse_args([])
+    defaults, scratch = (
+        RECIPES[args.recipe],
+        {"init": None, "freeze": False, "clip_lr": None, "lr": RECIPES[args.recipe]["segclip"]["lr"]},
+    )
+    return defaults[args.method] | (scratch if args.from_scratch else {})
 
 
 def check(args, world):
@@ -280,6 +299,8 @@ def check(args, world):
         raise InputError("--steps or --epochs, not both")
     if args.data is None:
         raise InputError(f"--recipe {args.recipe} needs --data")
+    if args.nouns == "synthetic" and "synthetic" not in args.data:
+        raise InputError("--nouns synthetic: the words of the scenes, which are not in --data; --nouns FILE, or none")
     if args.from_scratch and args.init:
         raise InputError("--from-scratch or --init, not both")
     of_segclip = (*ADDED, "clip_lr", "reconstruction_weight", "superpixel_weight")
@@ -348,15 +369,62 @@ def build_model(args, vocab_size):
     return model
 
 
-def open_run(args, resumed, resumed_path, rank, world):
-    """-> tokenizer, model and sources of pairs: of the run that is resumed, of --init, or new. Raises InputError."""
+class Run:
+    """A run of training, new or resumed: its model, optimizer, tokenizer, sources of pairs, steps done and faults met."""
+
+    def __init__(self, args, device, rank, world):
+        """Raises InputError. Of args, what only the data can tell is filled in: steps, where epochs were given."""
+        self.args, self.flags, self.rank, self.path = args, dict(vars(args)), rank, Path(args.output) / "checkpoint.pt"
+        self.step, self.faults, self.last_save = 0, Counter(), time.time()
+        saved, self.resumed = last_checkpoint(self.path) if args.resume else (None, None)  # the second is its path
+        torch.manual_seed(args.seed)
+        self.tokenizer, self.model, self.sources = open_parts(args, saved, self.resumed, rank, world)
+        self.model, self.lengths = self.model.to(device), [len(source) for source in self.sources]
+        if (args.text_length or 0) > self.model.config.context_length:
+            most = self.model.config.context_length
+            raise InputError(f"--text-length {args.text_length}: the model takes at most {most} tokens")
+        if args.steps is None:
+            args.steps = math.ceil(args.epochs * sum(self.lengths) / args.batch_size)
+        freeze(self.model, args)
+        self.optimizer = build_optimizer(self.model, args)
+        # Without fp16 it scales by 1, and only skips steps whose gradients are not finite.
+        self.scaler = torch.amp.GradScaler(device.type, 2.0**16 if args.precision == "fp16" else 1.0)
+        if saved:
+            if saved["pairs"] != self.lengths:
+                counts = f"its run had {sum(saved['pairs'])} pairs, the data has {sum(self.lengths)} now"
+                raise InputError(f"{self.resumed}: {counts}")
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.scaler.load_state_dict(saved["scaler"])
+            self.step, self.faults = saved["step"], Counter(saved["faults"])
+        if world > 1:
+            ends = torch.tensor([self.step, -self.step], device=device)
+            dist.all_reduce(ends, dist.ReduceOp.MAX)
+            if ends.sum():
+                folder = self.path.parent
+                raise InputError(f"{folder}: not every process finds the same checkpoint there; it must be on a shared disk")
+
+    def save(self):
+        self.last_save = time.time()
+        if self.rank == 0:
+            state = {"merges": self.tokenizer.merges, "step": self.step, "pairs": self.lengths, "faults": dict(self.faults)}
+            state |= {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+            save_checkpoint(self.path, self.model, self.args.keep, **state, args=self.flags, git=git_revision())
+
+    def due(self):
+        """Whether it is time to save, by steps or by the clock."""
+        every, late = self.args.save_every, time.time() - self.last_save > 60 * self.args.save_minutes
+        return self.step < self.args.steps and (late or every and self.step % every == 0)
+
+
+def open_parts(args, saved, saved_path, rank, world):
+    """-> tokenizer, model and sources of pairs: of the run that was saved, of --init, or new. Raises InputError."""
     open_data = functools.partial(
         open_pairs, args.data, seed=args.seed, workers=args.workers, max_faults=args.max_faults, rank=rank, world=world
     )
-    if resumed:
-        check_resumed(resumed, args, resumed_path)
-        model = load_model(resumed_path)
-        return Tokenizer(resumed["merges"]), model, open_data(model.config)
+    if saved:
+        check_resumed(saved, args, saved_path)
+        model = load_model(saved_path)
+        return Tokenizer(saved["merges"]), model, open_data(model.config)
     if args.init:
         if args.init not in MODELS and not Path(args.init).is_file():
             raise InputError(f"--init {args.init}: no such file, and no model of this name; there are {', '.join(MODELS)}")
@@ -519,10 +587,10 @@ class Interruption:
 class Watch:
     """What a run says of itself. Of the steps' numbers the last are left alone, since reading them would wait for the GPU."""
 
-    def __init__(self, args, start, faults, log):
-        self.args, self.faults, self.log = args, faults, log
+    def __init__(self, run, log):
+        self.run, self.args, self.log = run, run.args, log
         self.unread, self.recent, self.skipped, self.named = [], [], 0, Counter()
-        self.since, self.last_step = time.time(), start
+        self.since, self.last_step = time.time(), run.step
 
     def add(self, values):
         """The numbers of a step, on their way from the GPU."""
@@ -541,7 +609,7 @@ class Watch:
         kinds = [kind for kind, _ in met]
         return [kinds.count(kind) for kind in Fault.KINDS]
 
-    def read(self, parts, done, all_steps):
+    def read(self, parts, all_steps):
         """All steps' numbers, or all but the last's -> whether any process wants to stop: the same on all processes, since
         the numbers are. Raises InputError if too many steps in a row were skipped."""
         stop = False
@@ -551,26 +619,31 @@ class Watch:
                 arrived.synchronize()
             row = dict(zip([*parts, "stop", *Fault.KINDS, "grad"], values.tolist()))
             stop = stop or row["stop"] > 0
-            self.faults.update({kind: int(row[kind]) for kind in Fault.KINDS if row[kind]})
+            self.run.faults.update({kind: int(row[kind]) for kind in Fault.KINDS if row[kind]})
             self.skipped = 0 if math.isfinite(row["grad"]) else self.skipped + 1
             self.recent += [] if self.skipped else [row]
         if self.skipped >= 10:
             raise InputError(
-                f"step {done}: {self.skipped} gradients in a row are not finite, the run is broken; try a lower --lr "
+                f"step {self.run.step}: {self.skipped} gradients in a row are not finite, the run is broken; try a lower --lr "
                 "(the last checkpoint is kept)"
             )
         return stop
 
-    def write(self, done, parts, lr, scale):
+    def write(self, parts, lr, scale):
         """The line of the log: means since the last one."""
         if not self.recent:
             return
-        args, now = self.args, time.time()
+        args, done, now = self.args, self.run.step, time.time()
         line = {"step": done, **{name: sum(row[name] for row in self.recent) / len(self.recent) for name in (*parts, "grad")}}
         weights = {"con": 1.0, "rec": args.reconstruction_weight, "sup": args.superpixel_weight}
         line["loss"] = sum(weights[name] * line[name] for name in parts)
         rate = (done - self.last_step) / (now - self.since)
-        line |= {"lr": lr, "scale": scale, "pairs_per_second": rate * args.batch_size, "faults": sum(self.faults.values())}
+        line |= {
+            "lr": lr,
+            "scale": scale,
+            "pairs_per_second": rate * args.batch_size,
+            "faults": sum(self.run.faults.values()),
+        }
         self.log.write(json.dumps(line) + "\n")
         self.log.flush()
         eta = datetime.timedelta(seconds=round((args.steps - done) / rate))
@@ -582,41 +655,60 @@ class Watch:
         )
         self.recent, self.since, self.last_step = [], now, done
 
-    def too_many_faults(self, done):
-        return sum(self.faults.values()) > self.args.max_faults * max(1000, done * self.args.batch_size)
+    def check_faults(self):
+        """Raises InputError, when all is saved, if the data has too many."""
+        run, limit = self.run, self.args.max_faults
+        if sum(run.faults.values()) > limit * max(1000, run.step * self.args.batch_size):
+            run.save()
+            advice = f"more than --max-faults {limit}; mend the data or allow more, and --resume"
+            raise InputError(f"step {run.step}: {self.count_faults()}: {advice}")
 
-    def count_faults(self, done):
-        counts = ", ".join(f"{count} x {kind}" for kind, count in self.faults.most_common())
-        return f"of {done * self.args.batch_size} pairs, {counts}"
+    def count_faults(self):
+        counts = ", ".join(f"{count} x {kind}" for kind, count in self.run.faults.most_common())
+        return f"of {self.run.step * self.args.batch_size} pairs, {counts}"
 
 
-def make_loader(sources, tokenizer, config, args, rows, start, device):
-    """The batches of all steps from `start` on, of each these rows: picture, superpatch, text and the faults met.
+def make_loader(run, args, rows, device):
+    """The batches of all steps that are left, of each these rows: picture, superpatch, text and the faults met.
 
     Step s takes the pairs at places s * batch_size and on, whatever ran before it and however many processes there are: with
     the noise of main, nothing else is random, and so a resumed run is the run that was not interrupted.
     """
-    lengths, workers = [len(source) for source in sources], args.workers
+    sources, start, workers = run.sources, run.step, args.workers
     rule = args.superpatch if args.superpixel_weight else None
     pairs = torch.utils.data.ConcatDataset(sources)
-    pairs = TrainingPairs(pairs, tokenizer, config, args.crop_scale, args.seed, args.text_length, rule)
+    nouns = choose_nouns(args)
+    pairs = TrainingPairs(
+        pairs, run.tokenizer, run.model.config, args.crop_scale, args.seed, args.text_length, rule, nouns, TEMPLATES[7]
+    )
     # Whole scenes are always the same: if some are to be seen twice, all are prepared now, and no process is needed then.
-    whole_scenes = args.crop_scale == 1 and all(isinstance(source, SyntheticScenes) for source in sources)
-    if whole_scenes and sum(lengths) < args.steps * args.batch_size and start < args.steps:
+    whole_scenes = args.crop_scale == 1 and not nouns and all(isinstance(source, SyntheticScenes) for source in sources)
+    total = sum(run.lengths)
+    if whole_scenes and total < args.steps * args.batch_size and start < args.steps:
         if rows.start == 0:
-            print(f"preparing {sum(lengths):,} scenes, before the first step", flush=True)
-        pairs, workers = Prepared(pairs, sum(lengths), workers), 0
+            print(f"preparing {total:,} scenes, before the first step", flush=True)
+        pairs, workers = Prepared(pairs, total, workers), 0
     alone = not dist.is_initialized()
     if device.type == "cpu" and alone and workers:  # threads that fight the workers for cores cost a third
         torch.set_num_threads(max(1, min(torch.get_num_threads(), (os.cpu_count() or 1) - workers)))
     return DataLoader(
         pairs,
-        batch_sampler=Batches(lengths, args.seed, args.batch_size, rows, range(start, args.steps)),
+        batch_sampler=Batches(run.lengths, args.seed, args.batch_size, rows, range(start, args.steps)),
         num_workers=workers,
         collate_fn=collate,
         pin_memory=device.type == "cuda",
         worker_init_fn=ignore_signals,
     )
+
+
+def choose_nouns(args):
+    """The words of --nouns. Raises InputError."""
+    if args.nouns in (None, "none"):
+        return []
+    nouns = SCENE_WORDS if args.nouns == "synthetic" else read_lines(args.nouns)
+    if not nouns:
+        raise InputError(f"{args.nouns}: no noun in it; there should be one in each line")
+    return nouns
 
 
 def train_clip_of_scenes(args, world):
@@ -646,43 +738,10 @@ def main(argv=None):
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what is not in half precision
 
-    output = Path(args.output)
-    path = output / "checkpoint.pt"
-    resumed, resumed_path = last_checkpoint(path) if args.resume else (None, None)
-    torch.manual_seed(args.seed)
-    tokenizer, model, sources = open_run(args, resumed, resumed_path, rank, world)
-    model, config, flags = model.to(device), model.config, dict(vars(args))
-    lengths = [len(source) for source in sources]
-    if args.steps is None:
-        args.steps = math.ceil(args.epochs * sum(lengths) / args.batch_size)
-    freeze(model, args)
-    optimizer, start, faults = build_optimizer(model, args), 0, Counter()
-    # Without fp16 it scales by 1, and only skips steps whose gradients are not finite.
-    scaler = torch.amp.GradScaler(device.type, 2.0**16 if args.precision == "fp16" else 1.0)
-    if resumed:
-        if resumed["pairs"] != lengths:
-            raise InputError(f"{resumed_path}: its run had {sum(resumed['pairs'])} pairs, the data has {sum(lengths)} now")
-        optimizer.load_state_dict(resumed["optimizer"])
-        scaler.load_state_dict(resumed["scaler"])
-        start, faults = resumed["step"], Counter(resumed["faults"])
-    if world > 1:
-        ends = torch.tensor([start, -start], device=device)
-        dist.all_reduce(ends, dist.ReduceOp.MAX)
-        if ends.sum():
-            raise InputError(f"{output}: not every process finds the same checkpoint there; it must be on a shared disk")
-    eval_args = evaluate.parse_args([*shlex.split(args.evaluate), "--output", str(output / "evaluation")])
-    if args.eval_every:
-        if eval_args.classify:
-            raise InputError("--evaluate: --classify has no mIoU, by which the best model is kept")
-        evaluate.plan(eval_args, config)  # what is wrong with it should be said now, not in hours
-    if (args.text_length or 0) > config.context_length:
-        raise InputError(f"--text-length {args.text_length}: the model takes at most {config.context_length} tokens")
-    if args.checkpoint_activations:
-        checkpoint_activations(model)
-    if args.compile:
-        model.compile()
-    parallel = DistributedDataParallel(model) if world > 1 else model
-
+    run = Run(args, device, rank, world)
+    model, config, start = run.model, run.model.config, run.step
+    eval_args = plan_evaluations(args, config)
+    parallel = wrap_model(model, args, world)
     share = args.batch_size // world
     rows = slice(rank * share, (rank + 1) * share)
     generator = torch.Generator(device)
@@ -690,65 +749,70 @@ def main(argv=None):
     # The fused kernel for the CPU is made for long sequences; its backward pass in bf16 halves the speed of short ones.
     torch.backends.cuda.enable_flash_sdp(device.type != "cpu" or num_patches >= 128)
 
-    def save(step):
-        nonlocal last_save
-        last_save = time.time()
-        if rank == 0:
-            state = {"merges": tokenizer.merges, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-            state |= {"step": step, "pairs": lengths, "faults": dict(faults)}
-            save_checkpoint(path, model, args.keep, **state, args=flags, git=git_revision())
-
     log = None
     if rank == 0:
-        log = open_log(output, start if resumed else None)
-        introduce(model, tokenizer, optimizer, sources, args, world, device)
-        if args.resume:
-            print(f"resumed {resumed_path} at step {start}" if resumed else f"{path}: nothing to resume; a new run begins")
-    loader = make_loader(sources, tokenizer, config, args, rows, start, device)
-    watch, last_save, done = Watch(args, start, faults, log), time.time(), start
+        log = open_log(run.path.parent, start if run.resumed else None)
+        introduce(run, args, world, device)
+    loader, watch = make_loader(run, args, rows, device), Watch(run, log)
     model.train()
     with Interruption() as interruption:
-        for step, (picture, superpatch, text, met) in enumerate(raised(loader), start):
-            factor = lr_factor(step, args)
-            for group in optimizer.param_groups:
+        for picture, superpatch, text, met in raised(loader):
+            factor = lr_factor(run.step, args)
+            for group in run.optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * factor
             extra = torch.tensor([interruption.asked, *watch.name_faults(met)], dtype=torch.float32)
             picture, superpatch, text, extra = (x.to(device, non_blocking=True) for x in (picture, superpatch, text, extra))
-            generator.manual_seed(args.seed * 1_000_003 + step)
+            generator.manual_seed(args.seed * 1_000_003 + run.step)
             noise = model.draw_noise(args.batch_size, num_patches, generator)
             noise = {name: values[rows] for name, values in noise.items()}
-            values, parts = take_step(parallel, optimizer, (picture, superpatch, text), noise, args, scaler, extra)
+            batch = picture, superpatch, text
+            values, parts = take_step(parallel, run.optimizer, batch, noise, args, run.scaler, extra)
             watch.add(values)
 
-            done = step + 1
-            due = done % args.log_every == 0 or done in (start + 1, args.steps)
-            look = args.eval_every and (done % args.eval_every == 0 or done == args.steps)
-            late = time.time() - last_save > 60 * args.save_minutes
-            stop = watch.read(parts, done, all_steps=due or device.type == "cpu")
+            run.step += 1
+            last = run.step == args.steps
+            due = run.step % args.log_every == 0 or run.step == start + 1 or last
+            look = args.eval_every and (run.step % args.eval_every == 0 or last)
+            stop = watch.read(parts, all_steps=due or device.type == "cpu")
             if due and rank == 0:
-                watch.write(done, parts, args.lr * factor, model.clip.logit_scale.exp().item())
-            if watch.too_many_faults(done):
-                save(done)
-                raise InputError(
-                    f"step {done}: {watch.count_faults(done)}: more than --max-faults {args.max_faults}; mend the data or "
-                    "allow more, and --resume"
-                )
+                watch.write(parts, args.lr * factor, model.clip.logit_scale.exp().item())
+            watch.check_faults()
             if stop:
                 break
-            if done < args.steps and (look or late or args.save_every and done % args.save_every == 0):
-                save(done)
+            if run.due() or look and not last:
+                run.save()
             if look:
                 paused = time.time()
-                evaluate_model(eval_args, model, tokenizer, rank, world, done, output)
+                evaluate_model(eval_args, model, run.tokenizer, rank, world, run.step)
                 watch.since += time.time() - paused
-        if not resumed or done > start:
-            save(done)
+        if not run.resumed or run.step > start:
+            run.save()
     if rank == 0:
-        if faults:
-            print(watch.count_faults(done))
-        stopped = f"; stopped at step {done} of {args.steps}: --resume goes on" if done < args.steps else ""
-        print(f"wrote {path}{stopped}" if done > start or not resumed else f"{path}: all {done} steps are done already")
-    return done == args.steps
+        if run.faults:
+            print(watch.count_faults())
+        stopped = f"; stopped at step {run.step} of {args.steps}: --resume goes on" if run.step < args.steps else ""
+        idle = run.resumed and run.step == start
+        print(f"{run.path}: all {start} steps are done already" if idle and not stopped else f"wrote {run.path}{stopped}")
+    return run.step == args.steps
+
+
+def plan_evaluations(args, config):
+    """The flags of evaluate.py for --eval-every. Raises InputError for what is wrong with them, now and not in hours."""
+    eval_args = evaluate.parse_args([*shlex.split(args.evaluate), "--output", str(Path(args.output, "evaluation"))])
+    if args.eval_every:
+        if eval_args.classify:
+            raise InputError("--evaluate: --classify has no mIoU, by which the best model is kept")
+        evaluate.plan(eval_args, config)
+    return eval_args
+
+
+def wrap_model(model, args, world):
+    """The model, as it is to be called in training."""
+    if args.checkpoint_activations:
+        checkpoint_activations(model)
+    if args.compile:
+        model.compile()
+    return DistributedDataParallel(model) if world > 1 else model
 
 
 def open_log(output, resumed_step):
@@ -768,34 +832,39 @@ def open_log(output, resumed_step):
     return open(path, "a")
 
 
-def introduce(model, tokenizer, optimizer, sources, args, world, device):
+def introduce(run, args, world, device):
     """Print what is going to be trained, and how."""
-    trained = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
-    total = sum(p.numel() for p in model.parameters())
-    for group in optimizer.param_groups:
+    trained = sum(p.numel() for group in run.optimizer.param_groups for p in group["params"])
+    total = sum(p.numel() for p in run.model.parameters())
+    for group in run.optimizer.param_groups:
         count = sum(p.numel() for p in group["params"]) / 1e6
         print(f"{count:8.2f} M parameters  lr {group['peak_lr']:.1e}  weight decay {group['weight_decay']}")
     print(f"{(total - trained) / 1e6:8.2f} M parameters  frozen")
     print(
-        f"{sum(map(len, sources)):,} pairs, {args.steps} steps of {args.batch_size}; {tokenizer.vocab_size} tokens; "
+        f"{sum(run.lengths):,} pairs, {args.steps} steps of {args.batch_size}; {run.tokenizer.vocab_size} tokens; "
         f"{world} x {device.type}, {args.precision}",
         flush=True,
     )
-    known = [source.superpixels for source in sources if hasattr(source, "superpixels")]
+    known = [source.superpixels for source in run.sources if hasattr(source, "superpixels")]
     if known and args.superpixel_weight:
         there = sum(path.exists() for path in known)
-        sizes = f"--image-size {model.config.image_size} --patch-size {model.config.patch_size}"
+        config = run.model.config
+        sizes = f"--image-size {config.image_size} --patch-size {config.patch_size}"
         print(f"superpixels computed before for {there} of {len(known)} shards or lists (`data.py superpixels {sizes}`)")
+    if args.resume:
+        print(
+            f"resumed {run.resumed} at step {run.step}" if run.resumed else f"{run.path}: nothing to resume; a new run begins"
+        )
 
 
-def evaluate_model(eval_args, model, tokenizer, rank, world, step, output):
+def evaluate_model(eval_args, model, tokenizer, rank, world, step):
     """Score the model as it is now, print it, and keep it as best.pt if none before was better."""
     model.eval()
     metrics = evaluate.evaluate(eval_args, model, tokenizer, rank, world, {"step": step})
     model.train()
     if rank == 0 and metrics:
         print(f"step {step}  mIoU {100 * metrics['mIoU']:.2f} % over {metrics['pictures']} pictures", flush=True)
-        path = output / "best.pt"
+        path = Path(eval_args.output).with_name("best.pt")
         if not path.exists() or metrics["mIoU"] > read_weights(path)["metrics"]["mIoU"]:
             save_checkpoint(path, model, merges=tokenizer.merges, step=step, metrics=metrics)
 

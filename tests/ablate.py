@@ -46,15 +46,17 @@ ROWS = {  # name: (what, flags of train.py or None, flags of evaluate.py, the pa
     "majority": ("*Not the paper's*: patches join the superpixel that most of them is", "--superpatch majority", "", ""),
     "sup-1/L": ("superpixel loss divided by L, as in the authors' program", "--superpixel-weight 0.0625", "", ""),
     "no-top-k": ("the default without the authors' choice of five words", None, "--checkpoint {default} --top-k 14", ""),
+    "nouns": ("the default, of the nouns that PACL has below", "--nouns synthetic", "", ""),
     "clip": ("*Without a group module*: the same encoder trained as CLIP", "--method clip", "", ""),
     "maskclip": ("read as MaskCLIP", None, "--checkpoint {clip} --readout maskclip", ""),
     "sclip": ("read as SCLIP", None, "--checkpoint {clip} --readout sclip", ""),
     "clearclip": ("read as ClearCLIP", None, "--checkpoint {clip} --readout clearclip", ""),
     "naclip": ("read as NACLIP", None, "--checkpoint {clip} --readout naclip", ""),
     "pacl": ("PACL on it", "--method pacl --init {clip}", "", ""),
+    "pacl-captions": ("PACL, of the captions alone", "--method pacl --init {clip} --nouns none", "", ""),
 }
 FIRST = ("default", "clip")  # of which others need the checkpoint
-COLUMNS = ("mIoU", "names perfect", "purity", "named right", "captions")  # what --analyse says, by these words
+COLUMNS = ("mIoU", "names perfect", "purity", "named right", "patches", "captions")  # what --analyse says, by these words
 
 
 class SegmentedScenes(SyntheticScenes):

@@ -89,7 +89,7 @@ def evaluate(args):
     model = SegCLIP(Config()).eval()
     model.clip.logit_scale.data.fill_(np.log(100))
     dataset = SegmentationFolder("pascal_voc", PHOTOGRAPHS)
-    settings = Settings("segclip", [[word] for word in dataset.words], 1, 224, 224, 224, 5, None, None, None)
+    settings = Settings("segclip", [[word] for word in dataset.words], 1, 224, 224, 224, top_k=5)
     text, owner = F.normalize(torch.randn(20, 512), dim=-1), torch.arange(20)
     ways = {
         "(a) as the authors, fp32": AuthorsArrangement(model, text, owner, settings, batch_size=1),

@@ -42,7 +42,7 @@ from evaluate import (
     with_legend,
     word_colours,
 )
-from model import CLIP, DINO, PACL, DenseCLIP, ImageEncoding, SegCLIP
+from model import CLIP, DINO, PACL, DenseCLIP, ImageEncoding, Labeller, SegCLIP
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Windows
@@ -194,14 +194,13 @@ def test_background_by_entropy_in_both_protocols(protocol):
     assert list(found.values()) == [[[0], [0]], [[1], [0]], [[1], [2]]]
 
 
-class Stripes(torch.nn.Module):
+class Stripes(Labeller):
     """Stands in for a SegCLIP: bright patches go to the first center and are the first word, dark ones to the second."""
 
     config = dataclasses.replace(TINY, image_size=16, patch_size=4, num_centers=2)
 
     def __init__(self):
-        super().__init__()
-        self.clip = CLIP(self.config)
+        super().__init__(CLIP(self.config))
         torch.nn.init.constant_(self.clip.logit_scale, 3.0)
 
     def encode_image(self, image):
@@ -457,9 +456,10 @@ def test_what_an_analysis_finds_in_a_picture():
     regions = np.array([[0, 0, 0, 1]] * 4)  # the first region takes a quarter of the right half
     scores = torch.zeros(3, 4, 4)
     scores[0, :, :2], scores[2, :, 2:], scores[1, 0, 2] = 1, 1, 2  # the right half is 2, but for one pixel
-    settings = Settings("segclip", [["a"], ["b"], ["c"]], 1, 4, 4, 4, 1, None, None, None)
+    settings = Settings("segclip", [["a"], ["b"], ["c"]], 1, 4, 4, 4, top_k=1)
     model = argparse.Namespace(config=dataclasses.replace(TINY, patch_size=2))
-    analysis = Analysis(3, model, None, torch.eye(3), torch.arange(3), settings)
+    segmenter = argparse.Namespace(model=model, text=torch.eye(3), owner=torch.arange(3), settings=settings)
+    analysis = Analysis(3, segmenter, None)
     result = np.array([[0, 0, 0, 1], [0, 0, 1, 1], [0, 0, 0, 0], [0, 0, 0, 1]], np.uint8)  # right in three patches of four
     analysis.add(Sample(None, label, "", ""), Result(result, regions, scores, torch.tensor([[0.0, 5, 1]])))
     ceiling, grouped, named, purity, patches, right, found, captions, number = analysis.summary().values()
@@ -876,8 +876,8 @@ def test_every_benchmark_in_its_folders(case, checkpoint, tmp_path):
 class HalfRight:
     """Stands in for a Segmenter: labels the upper half of a picture as it should be, and all the rest sky."""
 
-    def __init__(self, *_):
-        pass
+    def __init__(self, model, text, owner, settings, *_):
+        self.text, self.settings = text, settings
 
     def __call__(self, pictures):
         for sample, seen in pictures:

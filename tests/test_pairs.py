@@ -131,6 +131,19 @@ def test_a_pair_is_the_same_whoever_asks():
     assert training(source, text_length=5)[0, 0][2].shape == (5,)
 
 
+def test_texts_of_a_caption_and_its_nouns():
+    """The caption and, of each noun in it, each template: all as often. A noun is a whole word, the longest one there."""
+    pairs = training(SyntheticScenes(64), nouns=["Snow", "polar bear", "bear", "man"], templates=["a {}", "the {}"])
+    rng, caption = np.random.RandomState(0), "A polar bear, a snowman, SNOW and snow."
+    counts = Counter(pairs.text(caption, rng) for _ in range(2000))
+    assert counts.keys() == {caption, "a polar bear.", "the polar bear.", "a snow.", "the snow."}
+    assert min(counts.values()) > 330
+    assert {pairs.text("nothing of them", rng) for _ in range(20)} == {"nothing of them"}
+    scenes = training(SyntheticScenes(64), nouns=data.SCENE_WORDS, templates=["{}"])
+    assert_same_pair(scenes[5, 7], scenes[5, 7])
+    assert len({scenes[place, 7][2].tobytes() for place in range(30)}) > 1
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Tables
 

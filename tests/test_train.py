@@ -464,6 +464,9 @@ def test_losses_that_are_left_out(tmp_path):
         ("--method clip", "--method clip has no --first-stage-layers"),
         ("--patch-temperature 3", "--method segclip has no --patch-temperature"),
         ("--data nowhere.tar", "nowhere.tar"),
+        ("--nouns nowhere.txt", "nowhere.txt"),
+        ("--nouns /dev/null", "/dev/null: no noun"),
+        ("--nouns synthetic --data pairs.tsv", "--nouns synthetic"),
         ("--eval-every 1 --evaluate=--stride=999", "--stride 999"),
         ("--eval-every 1 --evaluate=--classify=pictures", "--classify has no mIoU"),
     ],
@@ -627,7 +630,7 @@ def test_the_baseline_trains_scores_and_is_a_start(tmp_path, monkeypatch, capsys
 
 def test_pacl_trains_the_embedder_of_a_frozen_clip(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(train.RECIPES["small"], "steps", 3)
+    monkeypatch.setitem(train.RECIPES["small"]["clip"], "steps", 3)
     torch.set_num_threads(THREADS)
     assert train.main("--method pacl --steps 6 --batch-size 8 --workers 0 --save-every 3".split())
     assert "python train.py --method clip" in capsys.readouterr().out  # which it needs, comes first
