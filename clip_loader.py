@@ -4,6 +4,7 @@ Four kinds of checkpoint are read: OpenAI's CLIP archives, the SegCLIP authors' 
 are data to us: nothing that a file holds is ever executed as Python.
 """
 
+import argparse
 import dataclasses
 import gzip
 import hashlib
@@ -12,6 +13,7 @@ import http.client
 import math
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import traceback
@@ -86,6 +88,13 @@ def run_program(main, if_interrupted):
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(1 if complaint else 0)
+
+
+class ManualPage(argparse.RawDescriptionHelpFormatter):
+    """--help in at most 100 columns, with the commands of the description as they are written."""
+
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=26, width=min(100, shutil.get_terminal_size().columns))
 
 
 def git_revision():

@@ -565,6 +565,9 @@ def ignore_signals(worker=None):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Where pairs come from: tables of picture files, and tar shards
+#
+# Each source has a length, and source[i] is a Sample or raises a Fault. Those of files can have superpixels computed before:
+# unsegmented() lists the pictures that have none, picture(one of these) reads it, save_superpixels() writes what was computed.
 
 
 def open_pairs(specs, config, seed, workers=0, max_faults=0.01, rank=0, world=1):
@@ -1099,7 +1102,7 @@ class SegmentationFolder:
         self.benchmark, self.root = BENCHMARKS[name], Path(root)
         b = self.benchmark
         self.words, self.background_threshold, self.palette = b.words, b.background_threshold, voc_palette()
-        advice = f"--data-root should be the folder {b.usual_root} of {name}"
+        advice = f"--data-root should be the folder of {name}" + (f", {b.usual_root}" if b.usual_root else "")
         for path in (b.pictures, b.split):
             if path and not (self.root / path).exists():
                 raise InputError(f"{self.root / path}: not there; {advice}")

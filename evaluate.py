@@ -1,12 +1,11 @@
-"""Zero-shot segmentation with words: score a checkpoint on a benchmark, label your own pictures, look at one of them.
+"""Zero-shot segmentation: score a checkpoint, label your own pictures, look at one of them.
 
-python evaluate.py                  the model that `python train.py` made, on scenes it has never seen
+python evaluate.py                   the model of `python train.py`, on scenes it has never seen
 python evaluate.py --dataset pascal_voc --data-root VOCdevkit/VOC2012 --checkpoint segclip.bin
 python evaluate.py --images photos --classes words.txt --checkpoint segclip.bin
-python evaluate.py --image photo.jpg --words "cat, grass, sky" --checkpoint segclip.bin
-python evaluate.py --image photo.jpg --words "cat, grass, sky" --model ViT-B/16 --readout naclip     OpenAI's weights alone
-python evaluate.py --compare        CLIP, its read-outs, PACL and SegCLIP on the scenes, in a table
-python evaluate.py --classify photos --checkpoint pacl.pt          whole pictures, in one folder a class
+python evaluate.py --image photo.jpg --words "cat, grass, sky" --model ViT-B/16 --readout naclip
+python evaluate.py --classify photos --checkpoint pacl.pt        one folder a class, whole pictures
+python evaluate.py --compare         CLIP, its read-outs, PACL and SegCLIP, on the scenes
 """
 
 import argparse
@@ -30,6 +29,7 @@ from PIL.PngImagePlugin import PngInfo
 from clip_loader import (
     MODELS,
     InputError,
+    ManualPage,
     fetch,
     git_revision,
     load_model,
@@ -838,96 +838,72 @@ def read_prediction(path, key):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] + " [x] is the default.")
-    what = parser.add_argument_group("what to label")
-    what.add_argument("--dataset", default="synthetic", help=f"{', '.join([*SCENES, *sorted(BENCHMARKS)])} [%(default)s]")
-    what.add_argument("--data-root", help="folder of the data set, for example VOCdevkit/VOC2012")
-    what.add_argument("--images", help="a folder of your own pictures, instead of a data set")
-    what.add_argument(
-        "--labels-dir", help="its label maps, NAME.png: class numbers from 0 in one byte a pixel, 255: not scored"
+    parser = argparse.ArgumentParser(
+        usage="python evaluate.py [what to label] [--checkpoint FILE] [how] [where to]",
+        description=__doc__,
+        epilog="[x] is the default.",
+        formatter_class=ManualPage,
     )
-    what.add_argument("--image", help="one picture; writes an overlay, the labels and the regions")
-    what.add_argument(
-        "--classify", metavar="FOLDER", help="tell whole pictures apart: a folder of one folder a class, named by it"
-    )
-    what.add_argument("--words", help='for --image and --images: "cat, grass, sky"')
-    what.add_argument("--classes", help="text file: a class in each line, synonyms separated by commas; for all of the above")
-    what.add_argument(
-        "--compare",
-        action="store_true",
-        help="a table of CLIP, its read-outs, PACL and SegCLIP, as train.py left them in runs",
-    )
-    what.add_argument("--limit", type=int, help="only the first LIMIT pictures [all]")
-    what.add_argument("--seed", type=int, default=0, help="of the synthetic scenes [%(default)s]")
+    # fmt: off
+    what = parser.add_argument_group("what to label: one of --dataset, --images, --image, --classify and --compare")
+    add = what.add_argument
+    add("--dataset", default="synthetic", metavar="NAME",
+        help=f"a benchmark: {', '.join([*SCENES, *sorted(BENCHMARKS)])} [%(default)s]")
+    add("--data-root", metavar="DIR", help="its folder, for example VOCdevkit/VOC2012")
+    add("--images", metavar="DIR", help="a folder of your own pictures")
+    add("--labels-dir", metavar="DIR",
+        help="its label maps, NAME.png: class numbers from 0 in one byte a pixel, 255: not scored")
+    add("--image", metavar="FILE", help="one picture; writes an overlay, the labels and the regions")
+    add("--classify", metavar="DIR", help="whole pictures, to be told apart: one folder a class, named by it")
+    add("--words", metavar="W", help='the classes, for --image and --images: "cat, grass, sky"')
+    add("--classes", metavar="FILE",
+        help="the classes, for all of these: one in each line, synonyms separated by commas")
+    add("--compare", action="store_true",
+        help="a table of CLIP, its read-outs, PACL and SegCLIP, as train.py left them in runs")
+    add("--limit", type=int, metavar="N", help="only the first N pictures, for a quick look [all]")
+    add("--seed", type=int, default=0, metavar="N", help="of the synthetic scenes [%(default)s]")
     model = parser.add_argument_group("the model")
-    model.add_argument(
-        "--checkpoint",
-        "--model",
-        default=DEFAULT_CHECKPOINT,
-        help="one of train.py's, the authors' segclip.bin, or a CLIP (a file, ViT-B/16, ...), whose patch tokens are then read "
-        "[%(default)s]",
-    )
-    model.add_argument(
-        "--readout",
-        choices=READOUTS,
-        default="clip",
-        help="of a CLIP: how its last block makes patch tokens; explained at read_out in model.py [%(default)s]",
-    )
-    model.add_argument("--vocabulary", help="OpenAI's BPE vocabulary, if it is not in the cache and cannot be fetched")
-    model.add_argument("--device", help="cpu, cuda, cuda:1, ... [a GPU if there is one]")
-    model.add_argument(
-        "--precision", choices=("bf16", "fp32"), default="fp32", help="bf16 is faster where supported [%(default)s]"
-    )
-    model.add_argument("--batch-size", type=int, default=16, help="windows that are encoded together [%(default)s]")
-    model.add_argument("--workers", type=int, default=2, help="processes that read pictures; 0: none but this [%(default)s]")
-    how = parser.add_argument_group("the protocol")
-    how.add_argument(
-        "--protocol",
-        choices=("segclip", "dense"),
-        default="segclip",
-        help="segclip: the paper's tables; dense: SCLIP's and ProxyCLIP's, with 80 templates and background words [%(default)s]",
-    )
-    how.add_argument("--templates", type=int, choices=TEMPLATES, help="the paper's one, or OpenAI's 7 or 80 [the protocol's]")
-    how.add_argument("--short-side", type=int, help="pixels of a picture's short side, as the model sees it [the protocol's]")
-    how.add_argument("--window", type=int, help="pixels of a window's side [the model's input size]")
-    how.add_argument("--stride", type=int, help="pixels from one window to the next [the protocol's]")
-    how.add_argument(
-        "--stride-trick",
-        type=int,
-        metavar="S",
-        help="pixels from one patch to the next: less than a patch gives finer maps, of about (P/S)^2 times as many patches [patch size]",
-    )
-    how.add_argument(
-        "--refine", choices=("pamr",), help="move the borders to those of the colours, by pixel-adaptive refinement [no]"
-    )
-    how.add_argument("--top-k", type=int, help="words of a window's image that its regions can be [segclip: 5]")
-    how.add_argument(
-        "--background",
-        "--background-threshold",
-        dest="background_threshold",
-        type=float,
-        nargs="?",
-        const=PROTOCOLS_OWN,
-        metavar="T",
-        help="pixels can be none of the words: where none reaches T, between 0 and 1 [the data set's; dense: 0.1; else 0.75]",
-    )
-    how.add_argument(
-        "--background-entropy",
-        type=float,
-        metavar="T",
-        help="instead: where the entropy of the softmax over the words is more than T; PACL has 1.5 on VOC [no]",
-    )
+    add = model.add_argument
+    add("--checkpoint", "--model", default=DEFAULT_CHECKPOINT, metavar="FILE",
+        help="one of train.py's, the authors' segclip.bin, or a CLIP (a file, or by name: ViT-B/16), whose patch tokens are "
+        "then read [%(default)s]")
+    add("--readout", choices=READOUTS, default="clip",
+        help="how the last block of a CLIP makes patch tokens; all but clip see more than CLIP was trained to show, and are "
+        "explained at read_out in model.py [%(default)s]")
+    add("--vocabulary", metavar="FILE", help="OpenAI's BPE vocabulary, if it is not in the cache and cannot be fetched")
+    add("--device", help="cpu, cuda, cuda:1, ... [a GPU if there is one]")
+    add("--precision", choices=("bf16", "fp32"), default="fp32", help="bf16 is faster where supported [%(default)s]")
+    add("--batch-size", type=int, default=16, metavar="B",
+        help="windows that are encoded together; fewer if memory is short [%(default)s]")
+    add("--workers", type=int, default=2, metavar="N", help="processes that read pictures; 0: none but this [%(default)s]")
+    how = parser.add_argument_group("how")
+    add = how.add_argument
+    add("--protocol", choices=("segclip", "dense"), default="segclip",
+        help="segclip: that of the paper's tables; dense: of SCLIP's and ProxyCLIP's, with 80 templates and background "
+        "words [%(default)s]")
+    add("--templates", type=int, choices=TEMPLATES, help="sentences around a word: one, or OpenAI's 7 or 80 [the protocol's]")
+    add("--short-side", type=int, metavar="PIXELS", help="of a picture, as the model sees it [the protocol's]")
+    add("--window", type=int, metavar="PIXELS", help="side of what is seen at once [the model's input size]")
+    add("--stride", type=int, metavar="PIXELS", help="from one window to the next [the protocol's]")
+    add("--stride-trick", type=int, metavar="PIXELS",
+        help="from one patch to the next: less than a patch gives finer maps, for more time [patch size]")
+    add("--refine", choices=("pamr",),
+        help="move the borders to those of the colours, by pixel-adaptive refinement [no]")
+    add("--top-k", type=int, metavar="K",
+        help="words that a window's regions can be; more for crowded pictures [segclip: 5]")
+    add("--background", "--background-threshold", dest="background_threshold", type=float, nargs="?",
+        const=PROTOCOLS_OWN, metavar="T",
+        help="pixels can be none of the words: where none reaches T, between 0 and 1 [the data set's; dense: 0.1; else 0.75]")
+    add("--background-entropy", type=float, metavar="T",
+        help="instead: where the entropy of the softmax over the words is more than T; PACL has 1.5 on VOC [no]")
     result = parser.add_argument_group("the result")
-    result.add_argument(
-        "--output", help="folder [scenes: the checkpoint's; else runs/DATASET, runs/images, runs/image or runs/classify]"
-    )
-    result.add_argument("--analyse", action="store_true", help="say why the score is what it is, part by part of the model")
-    result.add_argument(
-        "--coherence",
-        action="store_true",
-        help="does the cosine of two patch tokens tell whether they are of one class? roc.png",
-    )
-    result.add_argument("--heat", action="store_true", help="with --image: a heat map for each word, too")
+    add = result.add_argument
+    add("--output", metavar="DIR", help="[of scenes: the checkpoint's; else runs/NAME, or runs/images, runs/image, runs/classify]")
+    add("--analyse", action="store_true", help="say why the score is what it is, part by part of the model")
+    add("--coherence", action="store_true",
+        help="does the cosine of two patch tokens tell whether they are of one class? draws roc.png")
+    add("--heat", action="store_true", help="with --image: a heat map for each word, too")
+    # fmt: on
     return parser.parse_args(argv)
 
 

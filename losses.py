@@ -1,4 +1,4 @@
-"""The losses of SegCLIP, as pure functions from tensors to scalars. Equation numbers are the paper's."""
+"""The losses of SegCLIP and PACL, as pure functions from tensors to scalars. Equation numbers are the SegCLIP paper's."""
 
 import math
 
@@ -36,10 +36,15 @@ def contrastive_loss(image_features, text_features, logit_scale):
     all_p, all_w, first = z_p, z_w, 0
     if dist.is_initialized() and dist.get_world_size() > 1:
         all_p, all_w, first = GatherRows.apply(z_p), GatherRows.apply(z_w), dist.get_rank() * len(z_p)
+    return symmetric_cross_entropy(z_p @ all_w.T, z_w @ all_p.T, logit_scale, first)
+
+
+def symmetric_cross_entropy(image_to_text, text_to_image, logit_scale, first):
+    """How near each image is to all texts [b, B], and each text to all images [b, B], where row i's own is column first + i."""
     scale = logit_scale.exp().clamp(max=100)
-    target = torch.arange(first, first + len(z_p), device=z_p.device)
-    i2t = F.cross_entropy(scale * z_p @ all_w.T, target)  # Eq. 10: each image against all texts
-    t2i = F.cross_entropy(scale * z_w @ all_p.T, target)  # Eq. 9: each text against all images
+    own = torch.arange(first, first + len(image_to_text), device=image_to_text.device)
+    i2t = F.cross_entropy(scale * image_to_text, own)  # Eq. 10
+    t2i = F.cross_entropy(scale * text_to_image, own)  # Eq. 9
     return (i2t + t2i) / 2  # Eq. 8
 
 
@@ -102,9 +107,7 @@ def pacl_loss(patches, text_features, logit_scale, patch_temperature):
         text, first = GatherRows.apply(text), dist.get_rank() * len(patches)
     phi = compatibility(patches, text, patch_temperature)  # [b, B]
     all_phi = GatherRows.apply(phi) if gathered else phi  # [B, B]
-    scale, rows = logit_scale.exp().clamp(max=100), slice(first, first + len(patches))
-    target = torch.arange(first, first + len(patches), device=phi.device)
-    return (F.cross_entropy(scale * phi, target) + F.cross_entropy(scale * all_phi.T[rows], target)) / 2
+    return symmetric_cross_entropy(phi, all_phi.T[first : first + len(patches)], logit_scale, first)
 
 
 def superpixel_kl_loss(assign, superpatch):

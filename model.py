@@ -32,8 +32,8 @@ class Config:
     embed_dim: int = 512  # E: where pictures and texts meet
     context_length: int = 77  # T: tokens of a text, with start and end
     vocab_size: int = 49408  # the tokenizer's
-    text_width: int = 512
-    text_layers: int = 12
+    text_width: int = 512  # D of the text encoder
+    text_layers: int = 12  # its blocks
     # What SegCLIP adds (Section 3.2):
     first_stage_layers: int = 10  # blocks before the semantic group module
     num_centers: int = 8  # L: at most so many regions in a picture
@@ -448,7 +448,7 @@ class ImageEncoding(NamedTuple):
 @torch.compiler.disable  # in bf16, a compiled backward pass rounds otherwise, and finds no region that has the maximum
 def max_over_regions(regions):
     """[B, L, D] -> [B, D]. Where regions tie, as they often do in bf16, amax divides the gradient between them; max would
-    give it to the first, which cost the small default a third of its mIoU."""
+    give it to the first, always the same one, and the others would learn no word."""
     return regions.amax(dim=1)
 
 

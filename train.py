@@ -1,18 +1,20 @@
-"""Train SegCLIP on image-text pairs: contrastive, reconstruction and superpixel losses; or PACL; or CLIP, to compare with.
+"""Train SegCLIP on image-text pairs, or PACL, or the CLIP that both are compared with.
 
-python train.py                          a small model from scratch on synthetic scenes, minutes on two CPU cores
-python train.py --method pacl            the embedder of PACL, on a CLIP that is trained on the scenes first
+python train.py                      a small SegCLIP from scratch on synthetic scenes, in minutes
+python train.py --method pacl        the embedder of PACL, on a CLIP of the scenes, trained first
 python train.py --recipe paper --data "cc3m/{00000..00331}.tar" dataset_coco.json=coco
-torchrun --nproc_per_node=8 train.py --recipe paper ...          the same run, each batch split over eight processes
+torchrun --nproc_per_node=8 train.py --recipe paper ...       the same, split over eight processes
 """
 
 import argparse
 import dataclasses
 import datetime
 import functools
+import inspect
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import sys
@@ -31,6 +33,7 @@ import evaluate
 from clip_loader import (
     MODELS,
     InputError,
+    ManualPage,
     Tokenizer,
     git_revision,
     last_checkpoint,
@@ -137,122 +140,86 @@ FREE = (
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0] + " [x] is the default of the recipe.",
-        epilog='To see the defaults of the other recipe: "--recipe paper --help".',
+        usage="python train.py [--recipe small|paper] [--method segclip|clip|pacl] [--data PAIRS] [...]",
+        description=__doc__,
+        epilog="[x] is the default. To see those of the paper: python train.py --recipe paper --help",
+        formatter_class=ManualPage,
     )
+    # fmt: off
     run = parser.add_argument_group("the run")
-    run.add_argument(
-        "--recipe", choices=RECIPES, default="small", help="sets the defaults below: the minutes' one or the paper's"
-    )
-    run.add_argument(
-        "--method",
-        choices=RECIPES["small"],
-        default="segclip",
-        help="clip: the baseline, the same encoder and texts with CLIP's class token and its loss alone; pacl: an embedder of the "
-        "patches of a frozen CLIP [%(default)s]",
-    )
-    run.add_argument(
-        "--data",
-        nargs="+",
-        metavar="PAIRS",
-        help="one or more of: synthetic; CAPTIONS.json=FOLDER (COCO's or Karpathy's, and the folder of its pictures); a "
-        '.tsv, .csv or .jsonl of paths and captions (likewise); "SHARDS{000..331}.tar" of img2dataset [%(default)s]',
-    )
-    run.add_argument("--output", help="folder for checkpoint.pt and log.jsonl [%(default)s]")
-    run.add_argument("--resume", action="store_true", help="go on from OUTPUT's last good checkpoint, if there is one")
-    run.add_argument(
-        "--save-every", type=int, metavar="STEPS", help="between checkpoints; 0: by the clock only [%(default)s]"
-    )
-    run.add_argument("--save-minutes", type=float, default=15, metavar="M", help="between checkpoints at most [%(default)s]")
-    run.add_argument("--keep", type=int, default=2, help="checkpoints: checkpoint.pt, checkpoint.1.pt, ... [%(default)s]")
-    run.add_argument("--log-every", type=int, default=20, metavar="STEPS", help="between log lines [%(default)s]")
-    run.add_argument("--eval-every", type=int, default=0, metavar="STEPS", help="between evaluations; 0: none [%(default)s]")
-    run.add_argument(
-        "--evaluate",
-        default="--dataset synthetic",
-        metavar="FLAGS",
-        help='of evaluate.py, for these; the model with the best mIoU is kept as best.pt ["%(default)s"]',
-    )
-    run.add_argument("--max-faults", type=float, default=0.01, help="share of pairs that may be unusable [%(default)s]")
-    run.add_argument("--seed", type=int, default=0, help="of the order, the new weights and all noise [%(default)s]")
-    machine = parser.add_argument_group("the machine")
-    machine.add_argument("--device", help="cpu, cuda, cuda:1, ... [a GPU if there is one]")
-    machine.add_argument(
-        "--precision",
-        choices=("bf16", "fp16", "fp32"),
-        help="[bf16; fp16 on a GPU that does not know it; slow CPUs: try fp32]",
-    )
-    machine.add_argument(
-        "--workers", type=int, default=2, help="processes that prepare pairs; 0: none but this [%(default)s]"
-    )
-    machine.add_argument(
-        "--accumulate",
-        type=int,
-        default=1,
-        metavar="K",
-        help="work in K chunks, for less memory: the same gradients, negatives of the whole batch, one forward pass more [%(default)s]",
-    )
-    machine.add_argument(
-        "--checkpoint-activations", action="store_true", help="less memory, too: compute each block's forward pass twice"
-    )
-    machine.add_argument("--compile", action="store_true", help="torch.compile: minutes at the start, faster steps")
+    add = run.add_argument
+    add("--recipe", choices=RECIPES, default="small", help="sets the defaults below: for minutes on a laptop, or the paper's")
+    add("--method", choices=RECIPES["small"], default="segclip",
+        help="clip: the baseline, the same encoder and texts with CLIP's class token and its loss alone; pacl: an embedder of "
+        "the patches of a frozen CLIP [%(default)s]")
+    add("--data", nargs="+", metavar="PAIRS",
+        help="one or more of: synthetic; CAPTIONS.json=FOLDER (COCO's or Karpathy's, and the folder of its pictures); a .tsv, "
+        '.csv or .jsonl of paths and captions (likewise); "SHARDS{000..331}.tar" of img2dataset [synthetic; paper: needed]')
+    add("--output", metavar="DIR", help="for checkpoint.pt and log.jsonl; a run that is there is moved aside [%(default)s]")
+    add("--resume", action="store_true", help="go on from the last good checkpoint in DIR; begin if there is none")
+    add("--seed", type=int, default=0, metavar="N", help="of the order, the new weights and all noise [%(default)s]")
+    add("--save-every", type=int, metavar="STEPS", help="between checkpoints; 0: by the clock alone [%(default)s]")
+    add("--save-minutes", type=float, default=15, metavar="M", help="between checkpoints at most [%(default)s]")
+    add("--keep", type=int, default=2, metavar="N", help="checkpoints: checkpoint.pt, checkpoint.1.pt, ... [%(default)s]")
+    add("--log-every", type=int, default=20, metavar="STEPS", help="between log lines [%(default)s]")
+    add("--eval-every", type=int, default=0, metavar="STEPS",
+        help="score the model on the way, and keep the best as best.pt; 0: do not [%(default)s]")
+    add("--evaluate", default="--dataset synthetic", metavar="FLAGS", help='of evaluate.py, for that ["%(default)s"]')
+    add("--max-faults", type=float, default=0.01, metavar="SHARE",
+        help="of the pairs that may be unusable before the run stops; more for data that you know to be dirty [%(default)s]")
+    machine = parser.add_argument_group("the machine; no number but by rounding depends on what follows")
+    add = machine.add_argument
+    add("--device", help="cpu, cuda, cuda:1, ... [a GPU if there is one]")
+    add("--precision", choices=("bf16", "fp16", "fp32"),
+        help="fp32 for an old CPU, or to compare to the last digit [bf16; fp16 on a GPU that does not know it]")
+    add("--workers", type=int, default=2, metavar="N",
+        help="processes that prepare pairs, more where the GPU waits for them; 0: none but this [%(default)s]")
+    add("--accumulate", type=int, default=1, metavar="K",
+        help="for less memory: work in K chunks, with the whole batch as negatives, at the price of one forward pass more "
+        "[%(default)s]")
+    add("--checkpoint-activations", action="store_true",
+        help="for less memory, too: compute each block's forward pass twice")
+    add("--compile", action="store_true", help="torch.compile: minutes at the start, then faster steps; for long runs")
     recipe = parser.add_argument_group("the recipe")
-    recipe.add_argument("--init", metavar="MODEL", help="weights to start from: ViT-B/16, a CLIP, a SegCLIP [%(default)s]")
-    recipe.add_argument(
-        "--image-encoder",
-        metavar="FILE",
-        help="pacl: embed the patches of a DINO, dino_vitbase16_pretrain.pth; for the paper's Table 3, where CLIP's do better "
-        "[CLIP's]",
+    add = recipe.add_argument
+    add("--init", metavar="MODEL", help="weights to start from: ViT-B/16, a CLIP, a SegCLIP [none; paper: ViT-B/16]")
+    add("--from-scratch", action="store_true", help="no --init, and with it no --freeze and no --clip-lr by default")
+    add("--freeze", action=argparse.BooleanOptionalAction, default=False,
+        help="keep CLIP's patch, position and token embeddings as they are [no; paper: yes]")
+    add("--image-encoder", metavar="FILE",
+        help="pacl: embed the patches of a DINO, dino_vitbase16_pretrain.pth; the paper's Table 3, where CLIP's do better "
+        "[CLIP's]")
+    add("--vocabulary", metavar="V",
+        help='"learned" of the first captions, "openai", or a file; of --init, if it has one [%(default)s]')
+    add("--text-length", type=int, metavar="T",
+        help="tokens of a caption; fewer are faster, and longer captions are cut [--context-length; paper: 32]")
+    add("--nouns", metavar="FILE",
+        help="a noun in each line: the text of a pair is then the caption or, each as often, one of its nouns in one of OpenAI's "
+        '7 templates, as in PACL; "synthetic": the words of the scenes; "none": captions alone [none; pacl on the scenes: synthetic]')
+    add("--steps", type=int, metavar="N",
+        help="0 writes the untrained model, to compare with [small: 1700; with pacl 600]")
+    add("--epochs", type=float, metavar="N", help="in place of --steps: how often each pair is seen [paper: 10]")
+    add("--batch-size", type=int, metavar="B", help="pairs in a step, over all processes together [%(default)s]")
+    add("--lr", type=float, metavar="LR", help="learning rate at its peak; less if the loss jumps [%(default)s]")
+    add("--clip-lr", type=float, metavar="LR",
+        help="the same for the text encoder and the image blocks before the group module [--lr; paper: 4e-6]")
+    add("--warmup", type=float, metavar="SHARE", help="of the steps in which the rates rise [%(default)s]")
+    add("--weight-decay", type=float, default=0.05, metavar="W", help="of matrices; vectors have none [%(default)s]")
+    add("--crop-scale", type=float, metavar="SHARE", help="of a picture that a crop has at least [%(default)s]")
+    add("--superpatch", choices=("floor", "majority"), default="floor",
+        help="rule for patches between superpixels: the paper's, or the id that most pixels have [%(default)s]")
+    add("--reconstruction-weight", type=float, default=1.0, metavar="W", help="of L_rec in Eq. 7; 0: none [%(default)s]")
+    add("--superpixel-weight", type=float, default=1.0, metavar="W",
+        help="of L_sup in Eq. 7; 1/L is the authors'; 0: none [%(default)s]")
+    sizes = parser.add_argument_group("the model; with --init, what CLIP has stays as it is")
+    # fmt: on
+    comments = dict(  # the same words as there
+        re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.MULTILINE)
     )
-    recipe.add_argument(
-        "--from-scratch", action="store_true", help="no --init, and with it no --freeze and no --clip-lr by default"
-    )
-    recipe.add_argument(
-        "--freeze",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="keep CLIP's patch, position and token embeddings as they are [%(default)s]",
-    )
-    recipe.add_argument(
-        "--vocabulary", help='"learned" of the first captions, "openai", or a file; of --init, if it has one [%(default)s]'
-    )
-    recipe.add_argument(
-        "--text-length", type=int, metavar="T", help="tokens of a caption [%(default)s; None: context_length]"
-    )
-    recipe.add_argument(
-        "--nouns",
-        metavar="FILE",
-        help="a noun in each line: the text of a pair is then not always the caption, but as often each of the nouns in it in "
-        'each of OpenAI\'s 7 templates, as in PACL; "synthetic": the words of the scenes; "none" [%(default)s]',
-    )
-    recipe.add_argument(
-        "--steps", type=int, help="0 writes the untrained model, to compare with [small: 1700; with pacl 600]"
-    )
-    recipe.add_argument("--epochs", type=float, help="in place of --steps: how often each pair is seen [paper: 10]")
-    recipe.add_argument("--batch-size", type=int, help="pairs in a step, over all processes [%(default)s]")
-    recipe.add_argument("--lr", type=float, help="learning rate at its peak [%(default)s]")
-    recipe.add_argument(
-        "--clip-lr",
-        type=float,
-        help="the same for the text encoder and the image blocks before the group module [%(default)s; None: --lr]",
-    )
-    recipe.add_argument("--warmup", type=float, help="share of the steps in which the rates rise [%(default)s]")
-    recipe.add_argument("--weight-decay", type=float, default=0.05, help="of matrices; vectors have none [%(default)s]")
-    recipe.add_argument("--crop-scale", type=float, help="least share of a picture in a crop [%(default)s]")
-    recipe.add_argument(
-        "--superpatch",
-        choices=("floor", "majority"),
-        default="floor",
-        help="rule for patches between superpixels [%(default)s]",
-    )
-    recipe.add_argument("--reconstruction-weight", type=float, default=1.0, help="of L_rec in Eq. 7; 0: none [%(default)s]")
-    recipe.add_argument(
-        "--superpixel-weight", type=float, default=1.0, help="of L_sup; 1/L is the authors'; 0: none [%(default)s]"
-    )
-    sizes = parser.add_argument_group("the model (explained at Config in model.py; with --init, sizes of CLIP are its own)")
     for field in SIZES:
-        values = f"small: {getattr(SMALL, field.name)}, paper: {field.default}"
-        sizes.add_argument("--" + field.name.replace("_", "-"), type=field.type, metavar="N", help=f"[{values}]")
+        values = f"[small: {getattr(SMALL, field.name)}, paper: {field.default}]"
+        what = f"{comments.get(field.name, '')} {values}".lstrip()
+        sizes.add_argument("--" + field.name.replace("_", "-"), type=field.type, metavar="N", help=what)
 
     # The recipe's values become the defaults, so that every flag that is given stands. (Of steps and epochs, one is given.)
     defaults = recipe_defaults(argv)
