@@ -11,6 +11,7 @@ import hashlib
 import html
 import http.client
 import math
+import multiprocessing
 import os
 import pickle
 import shutil
@@ -39,77 +40,6 @@ class InputError(Exception):
 def first_line(error):
     """What an error of a library says, without the pages that some say."""
     return (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0][:150]
-
-
-def pick_device(name):
-    """ "cpu", "cuda", "cuda:1", ... -> torch.device; None takes the GPU if there is one. Raises InputError."""
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-        return device
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {name}: not available here ({first_line(error)})") from None
-
-
-def start_processes(device_name):
-    """-> (rank, world size, device): one process, or as many as torchrun started, joined to a group. Raises InputError."""
-    rank, world, device = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), pick_device(device_name)
-    if world > 1:
-        if device.type == "cuda":
-            device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return rank, world, device
-
-
-def run_program(main, if_interrupted):
-    """The whole of a program: main(), what stopped it in one line, and the end of this process."""
-    program, complaint = Path(sys.argv[0]).name, None
-    try:
-        main()
-    except InputError as error:
-        complaint = f"{program}: {error}"
-    except KeyboardInterrupt:
-        complaint = f"{program}: {if_interrupted}"
-    except Exception:
-        if not dist.is_initialized():
-            raise
-        complaint = traceback.format_exc().rstrip()
-    if not dist.is_initialized():
-        sys.exit(complaint)
-    # One of several processes leaves at once, without the usual clearing up. That ends gloo's threads while it holds Python's
-    # lock, and a thread which has yet to let go of a tensor of ours needs that lock: both wait for ever (torch 2.4 to 2.13).
-    if complaint:
-        print(complaint, file=sys.stderr)
-    else:
-        dist.barrier()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(1 if complaint else 0)
-
-
-class ManualPage(argparse.RawDescriptionHelpFormatter):
-    """--help in at most 100 columns, with the commands of the description as they are written."""
-
-    def __init__(self, prog):
-        super().__init__(prog, max_help_position=26, width=min(100, shutil.get_terminal_size().columns))
-
-
-def git_revision():
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def make_folder(path):
-    try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be made a folder ({error})") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -270,25 +200,32 @@ def cache_dir():
     return Path(os.environ.get("CLIP_CACHE") or Path.home() / ".cache" / "clip")
 
 
+def sha256_of(path):
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
 def fetch(name):
     """The path of a file of DOWNLOADS in the cache; downloaded if it is not there, and always checked."""
     sha256, file, url = DOWNLOADS[name]
     path = cache_dir() / file
     if path.is_file():
-        if hashlib.sha256(path.read_bytes()).hexdigest() == sha256:
+        if sha256_of(path) == sha256:
             return path
         print(f"{path}: wrong checksum, downloading it again", file=sys.stderr)
     partial = path.with_name(f"{file}.{os.getpid()}.part")  # several processes may start at once
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with urllib.request.urlopen(url, timeout=30) as response, open(partial, "wb") as out:
-            total, digest = int(response.headers.get("Content-Length") or 0), hashlib.sha256()
+            total = int(response.headers.get("Content-Length") or 0)
             while chunk := response.read(1 << 20):
                 out.write(chunk)
-                digest.update(chunk)
                 print(f"\r{file}: {out.tell() >> 20} of {total >> 20} MiB", end="", file=sys.stderr)
         print(file=sys.stderr)
-        if digest.hexdigest() != sha256:
+        if sha256_of(partial) != sha256:
             raise OSError("the download's SHA-256 is wrong")
         os.replace(partial, path)
     except (OSError, http.client.HTTPException) as error:
@@ -477,6 +414,10 @@ def is_segclip(state):
     return any(name.startswith(("group.", "clip.visual.transformer.semantic_layer2.")) for name in state)
 
 
+def is_pacl(state):
+    return "embedder.skip.weight" in state
+
+
 def load_clip(name_or_path):
     """-> CLIP in float32: one of OpenAI's by name ("ViT-B/16"), or from a file: their TorchScript archive, a state dict, or
     a checkpoint of `train.py --method clip`. Raises InputError."""
@@ -487,7 +428,7 @@ def load_clip(name_or_path):
 def clip_from_state(state, source, config=None):
     if is_segclip(state):
         raise InputError(f"{source}: a SegCLIP, where a CLIP is needed")
-    if config and "embedder.skip.weight" in state:
+    if is_pacl(state):
         raise InputError(f"{source}: a PACL, where a CLIP is needed")
     if is_dino(state):
         raise InputError(f"{source}: a DINO, where a CLIP is needed; a DINO is for train.py --method pacl --image-encoder")
@@ -573,14 +514,13 @@ def segclip_config(state, first_stage_layers, source):
 def load_model(name_or_path, readout="clip"):
     """What can label pictures, from any file: a SegCLIP, a PACL, or a CLIP, read by `readout`. Raises InputError."""
     state, config = read_model(name_or_path)
-    is_pacl = config and "embedder.skip.weight" in state
-    if not is_segclip(state) and not is_pacl:
+    if not is_segclip(state) and not is_pacl(state):
         return DenseCLIP(clip_from_state(state, name_or_path, config), readout)
     if readout != "clip":
         raise InputError(
-            f"{name_or_path}: --readout {readout} is for a CLIP, and this is a {'PACL' if is_pacl else 'SegCLIP'}"
+            f"{name_or_path}: --readout {readout} is for a CLIP, and this is a {'PACL' if is_pacl(state) else 'SegCLIP'}"
         )
-    if is_pacl:
+    if is_pacl(state):
         dino = {name.removeprefix("dino."): tensor for name, tensor in state.items() if name.startswith("dino.")}
         return load_strictly(PACL(CLIP(config), dino_of(dino, name_or_path) if dino else None), state, name_or_path)
     return segclip_from_state(state, name_or_path, config)
@@ -706,3 +646,81 @@ def last_checkpoint(path):
     if damage:
         raise damage
     return None, None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What every program does
+
+
+def pick_device(name):
+    """ "cpu", "cuda", "cuda:1", ... -> torch.device; None takes the GPU if there is one. Raises InputError."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+        return device
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {name}: not available here ({first_line(error)})") from None
+
+
+def start_processes(device_name):
+    """-> (rank, world size, device): one process, or as many as torchrun started, joined to a group. Raises InputError."""
+    rank, world, device = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), pick_device(device_name)
+    if world > 1:
+        if device.type == "cuda":
+            device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return rank, world, device
+
+
+def run_program(main, if_interrupted):
+    """The whole of a program: main(), what stopped it in one line, and the end of this process."""
+    program, complaint = Path(sys.argv[0]).name, None
+    try:
+        main()
+    except InputError as error:
+        complaint = f"{program}: {error}"
+    except KeyboardInterrupt:
+        complaint = f"{program}: {if_interrupted}"
+    except Exception:
+        if not dist.is_initialized():
+            raise
+        complaint = traceback.format_exc().rstrip()
+    finally:
+        for worker in multiprocessing.active_children():  # of a DataLoader that an error has left; see data.ignore_signals
+            worker.kill()
+    if not dist.is_initialized():
+        sys.exit(complaint)
+    # One of several processes leaves at once, without the usual clearing up. That ends gloo's threads while it holds Python's
+    # lock, and a thread which has yet to let go of a tensor of ours needs that lock: both wait for ever (torch 2.4 to 2.13).
+    if complaint:
+        print(complaint, file=sys.stderr)
+    else:
+        dist.barrier()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1 if complaint else 0)
+
+
+class ManualPage(argparse.RawDescriptionHelpFormatter):
+    """--help in at most 100 columns, with the commands of the description as they are written."""
+
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=26, width=min(100, shutil.get_terminal_size().columns))
+
+
+def git_revision():
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def make_folder(path):
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be made a folder ({error})") from None

@@ -87,58 +87,28 @@ COLOURS = {
 }
 # A thing is a shape, the colours it comes in, its second colour, and where that one shows. u and v are its own
 # coordinates, -64 to 64 from side to side, to the right and down.
+# fmt: off
 THINGS = {
-    "ball": (
-        lambda u, v: u * u + v * v < 60**2,
-        ("red", "blue"),
-        (250, 250, 245),
-        lambda u, v: abs(v) < 18,
-    ),
-    "star": (
-        lambda u, v: ((v < 36) & (v > 2 * abs(u) - 72)) | ((v > -36) & (v < 72 - 2 * abs(u))),
-        ("yellow", "orange"),
-        (255, 250, 200),
-        lambda u, v: abs(u) + abs(v) < 24,
-    ),
-    "tree": (
-        lambda u, v: (v < 60) & (v > 2 * abs(u) - 68),
-        ("green", "brown"),
-        (20, 70, 35),
-        lambda u, v: (u // 7 + v // 7) % 2 == 0,
-    ),
-    "house": (
-        lambda u, v: (abs(u) < 46) & (v < 56) & (v > abs(u) * 4 // 5 - 62),
-        ("red", "grey"),
-        (60, 40, 40),
-        lambda u, v: (v < -20) | ((abs(u) < 14) & (v > 12)),
-    ),
-    "moon": (
-        lambda u, v: (u * u + v * v < 62**2) & ((u - 40) ** 2 + v * v > 40**2),
-        ("yellow", "grey"),
-        (255, 255, 255),
-        lambda u, v: (u // 8 * 3 + v // 8 * 5) % 7 < 2,
-    ),
-    "donut": (
-        lambda u, v: (u * u + v * v < 62**2) & (u * u + v * v > 20**2),
-        ("pink", "brown"),
-        (250, 245, 230),
-        lambda u, v: (u // 8 * 5 + v // 8 * 3) % 7 < 2,
-    ),
-    "heart": (
-        lambda u, v: ((abs(u) - 28) ** 2 + (v + 20) ** 2 < 34**2) | ((v > -20) & (v < 60 - 5 * abs(u) // 4)),
-        ("pink", "purple"),
-        (255, 200, 205),
-        lambda u, v: (u + 28) ** 2 + (v + 26) ** 2 < 12**2,
-    ),
-    "fish": (
-        lambda u, v: ((u + 14) ** 2 + 3 * v * v // 2 < 48**2) | ((u > 20) & (u < 62) & (abs(v) < u - 10)),
-        ("orange", "blue"),
-        (40, 40, 60),
-        lambda u, v: (u // 8 % 2 == 0) & (v // 6 % 2 == 0),
-    ),
+    "ball": (lambda u, v: u * u + v * v < 60**2,
+        ("red", "blue"), (250, 250, 245), lambda u, v: abs(v) < 18),
+    "star": (lambda u, v: ((v < 36) & (v > 2 * abs(u) - 72)) | ((v > -36) & (v < 72 - 2 * abs(u))),
+        ("yellow", "orange"), (255, 250, 200), lambda u, v: abs(u) + abs(v) < 24),
+    "tree": (lambda u, v: (v < 60) & (v > 2 * abs(u) - 68),
+        ("green", "brown"), (20, 70, 35), lambda u, v: (u // 7 + v // 7) % 2 == 0),
+    "house": (lambda u, v: (abs(u) < 46) & (v < 56) & (v > abs(u) * 4 // 5 - 62),
+        ("red", "grey"), (60, 40, 40), lambda u, v: (v < -20) | ((abs(u) < 14) & (v > 12))),
+    "moon": (lambda u, v: (u * u + v * v < 62**2) & ((u - 40) ** 2 + v * v > 40**2),
+        ("yellow", "grey"), (255, 255, 255), lambda u, v: (u // 8 * 3 + v // 8 * 5) % 7 < 2),
+    "donut": (lambda u, v: (u * u + v * v < 62**2) & (u * u + v * v > 20**2),
+        ("pink", "brown"), (250, 245, 230), lambda u, v: (u // 8 * 5 + v // 8 * 3) % 7 < 2),
+    "heart": (lambda u, v: ((abs(u) - 28) ** 2 + (v + 20) ** 2 < 34**2) | ((v > -20) & (v < 60 - 5 * abs(u) // 4)),
+        ("pink", "purple"), (255, 200, 205), lambda u, v: (u + 28) ** 2 + (v + 26) ** 2 < 12**2),
+    "fish": (lambda u, v: ((u + 14) ** 2 + 3 * v * v // 2 < 48**2) | ((u > 20) & (u < 62) & (abs(v) < u - 10)),
+        ("orange", "blue"), (40, 40, 60), lambda u, v: (u // 8 % 2 == 0) & (v // 6 % 2 == 0)),
 }
-# A ground is two colours and, from the pixel's place and some grain (0 to 63), how to mix them (0 to 64). The patterns
-# repeat after 8 pixels, the patch size of the default model, so that all patches of a ground look much alike.
+# fmt: on
+# A ground is two colours and, from the pixel's place and some grain (0 to 63), how to mix them (0 to 64). Most of
+# the patterns repeat after 8 pixels, the patch size of the default model, so that all patches of a ground look much alike.
 GROUNDS = {
     "grass": ((40, 110, 35), (130, 190, 70), lambda x, y, grain: grain * (1 + (x + grain // 16) % 3) // 3),
     "sand": ((190, 160, 105), (235, 210, 160), lambda x, y, grain: 20 + grain * 2 // 3),
@@ -182,7 +152,7 @@ class SyntheticScenes:
     """
 
     words, palette = SCENE_WORDS, SCENE_PALETTE
-    background_threshold = None  # every pixel has a word
+    has_background, background_threshold = False, None  # every pixel has a word
 
     def __init__(self, size, seed=0, split="train"):
         self.size, self.split = size, split
@@ -282,6 +252,28 @@ def decode_picture(file, shortest=None):
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return np.asarray(image.convert("RGB"))
+
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+
+
+def listed(names):
+    """ "cat, dog" -> ["cat", "dog"]."""
+    return [name.strip() for name in names.split(",") if name.strip()]
+
+
+def visible_files(folder):
+    """All files in a folder and its folders, sorted; without hidden ones."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return [path for path in paths if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+
+
+def read_lines(path):
+    """The lines of a text file that are not empty, without the space around them. Raises InputError."""
+    try:
+        return [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not a list of names ({error})") from None
 
 
 def read_picture(path):
@@ -501,7 +493,7 @@ class TrainingPairs(torch.utils.data.Dataset):
         if not self.nouns:
             return caption
         found = dict.fromkeys(self.nouns.findall(caption.lower()))  # each once, in order
-        texts = [caption, *(f"{template.format(noun)}." for noun in found for template in self.templates)]
+        texts = [caption, *(template.format(noun) for noun in found for template in self.templates)]
         return texts[rng.randint(len(texts))]
 
 
@@ -637,16 +629,17 @@ class PairTable:
         try:
             with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
                 rows = list(getattr(self, "read_" + path.suffix.lower()[1:])(file))
+            if not rows:
+                raise InputError(f"{path}: no pair of a picture and a caption in it")
+            # One string and its cuts, where a million small ones would be copied into each worker bit by bit.
+            rows = [json.dumps(row).encode() for row in rows]
+            self.rows, self.ends = b"".join(rows), np.cumsum([len(row) for row in rows])
+            self.order = np.random.RandomState(0).permutation(len(rows))  # COCO's five captions of a picture lie side by side
+            names = [str(self.row(i)[0]) for i in self.order[:100]]
+            there = any((folder / name).is_file() for name in names)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
             raise InputError(f"{path}: not a list of pictures and captions ({first_line(error)})") from None
-        if not rows:
-            raise InputError(f"{path}: no pair of a picture and a caption in it")
-        # One string and its cuts, where a million small ones would be copied into each worker bit by bit.
-        rows = [json.dumps(row).encode() for row in rows]
-        self.rows, self.ends = b"".join(rows), np.cumsum([len(row) for row in rows])
-        self.order = np.random.RandomState(0).permutation(len(rows))  # COCO's five captions of a picture lie side by side
-        names = [str(self.row(i)[0]) for i in self.order[:100]]
-        if not any((folder / name).is_file() for name in names):
+        if not there:
             raise InputError(f"{folder / names[0]}: not there, nor others of {path}; name their folder, --data {path}=FOLDER")
 
     def read_json(self, file):
@@ -705,8 +698,8 @@ class PairTable:
 
     def unsegmented(self):
         """Names of the pictures that have no superpixels yet."""
-        names = dict.fromkeys(self.row(i)[0] for i in range(len(self)))
-        return [name for name in names if name and isinstance(name, str) and not self.saved(name).exists()]
+        names = dict.fromkeys(name for i in range(len(self)) if isinstance(name := self.row(i)[0], str) and name)
+        return [name for name in names if not self.saved(name).exists()]
 
     def save_superpixels(self, results):
         """Writes what comes as (name, PNG as bytes) ..."""
@@ -874,6 +867,8 @@ def expand(pattern):
     """ "cc3m/{00000..00331}.tar" -> its 332 paths; * and ? stand for what is there. Raises InputError for none."""
     if braces := re.search(r"\{(\d+)\.\.(\d+)\}", pattern):
         first, last = braces[1], braces[2]
+        if int(last) < int(first):
+            raise InputError(f"--data {pattern}: {last} is less than {first}")
         numbers = [str(n).zfill(len(first)) for n in range(int(first), int(last) + 1)]
         return [path for n in numbers for path in expand(pattern[: braces.start()] + n + pattern[braces.end() :])]
     paths = sorted(glob.glob(pattern)) if any(c in pattern for c in "*?[") else [pattern]
@@ -926,8 +921,6 @@ def open_shards(pattern, image_size, suffix, workers, max_faults, rank, world):
 # ---------------------------------------------------------------------------------------------------------------------
 # Benchmarks, in the folders that mmsegmentation documents
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
-
 
 def voc_palette(n=256):
     """The VOC colours: the bits of a class number, dealt out to red, green and blue from the highest bit down."""
@@ -959,10 +952,6 @@ COCO_STUFF_TABLE = value_table({v: i for i, v in enumerate([*COCO_THINGS, *range
 COCO_OBJECT_TABLE = value_table({255: 0} | {v: 0 for v in range(91, 182)} | {v: 1 + i for i, v in enumerate(COCO_THINGS)})
 CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)  # the 19 that are scored
 CITYSCAPES_TABLE = value_table({i: 255 for i in range(34)} | {i: c for c, i in enumerate(CITYSCAPES_IDS)})
-
-
-def listed(names):
-    return [name.strip() for name in names.split(",") if name.strip()]
 
 
 VOC = listed(
@@ -1025,69 +1014,27 @@ class Benchmark(NamedTuple):
     usual_root: str = ""
 
 
+# fmt: off
 BENCHMARKS = {
-    "pascal_voc": Benchmark(
-        VOC,
-        0.75,  # the authors' code has 0.80
-        "JPEGImages",
-        ".jpg",
-        (("SegmentationClass", ".png", identity(21)),),
-        "ImageSets/Segmentation/val.txt",
-        "VOCdevkit/VOC2012",
-    ),
-    "pascal_context": Benchmark(
-        CONTEXT,
-        0.25,
-        "JPEGImages",
-        ".jpg",
-        (("SegmentationClassContext", ".png", identity(60)),),
-        "ImageSets/SegmentationContext/val.txt",
-        "VOCdevkit/VOC2010",
-    ),
-    "coco_object": Benchmark(
-        COCO[:80],
-        0.65,
-        "images/val2017",
-        ".jpg",
-        (
-            ("annotations/val2017", "_instanceTrainIds.png", identity(81)),
-            ("annotations/val2017", ".png", COCO_OBJECT_TABLE),
-            ("stuffthingmaps/val2017", ".png", COCO_OBJECT_TABLE),
-        ),
-        usual_root="coco_stuff164k",
-    ),
-    "coco_stuff": Benchmark(
-        COCO,
-        None,
-        "images/val2017",
-        ".jpg",
-        (
-            ("annotations/val2017", "_labelTrainIds.png", identity(171)),
-            ("annotations/val2017", ".png", COCO_STUFF_TABLE),
-            ("stuffthingmaps/val2017", ".png", COCO_STUFF_TABLE),
-        ),
-        usual_root="coco_stuff164k",
-    ),
-    "ade20k": Benchmark(
-        ADE20K,
-        None,
-        "images/validation",
-        ".jpg",
-        (("annotations/validation", ".png", from_one(150)),),
-        usual_root="ade/ADEChallengeData2016",
-    ),
-    "cityscapes": Benchmark(
-        CITYSCAPES,
-        None,
-        "leftImg8bit/val",
-        "_leftImg8bit.png",
-        (
-            ("gtFine/val", "_gtFine_labelTrainIds.png", identity(19)),
-            ("gtFine/val", "_gtFine_labelIds.png", CITYSCAPES_TABLE),
-        ),
-        usual_root="cityscapes",
-    ),
+    "pascal_voc": Benchmark(VOC, 0.75, "JPEGImages", ".jpg",  # the authors' code has 0.80
+        (("SegmentationClass", ".png", identity(21)),), "ImageSets/Segmentation/val.txt", "VOCdevkit/VOC2012"),
+    "pascal_context": Benchmark(CONTEXT, 0.25, "JPEGImages", ".jpg",
+        (("SegmentationClassContext", ".png", identity(60)),), "ImageSets/SegmentationContext/val.txt", "VOCdevkit/VOC2010"),
+    "coco_object": Benchmark(COCO[:80], 0.65, "images/val2017", ".jpg",
+        (("annotations/val2017", "_instanceTrainIds.png", identity(81)),
+         ("annotations/val2017", ".png", COCO_OBJECT_TABLE),
+         ("stuffthingmaps/val2017", ".png", COCO_OBJECT_TABLE)), None, "coco_stuff164k"),
+    "coco_stuff": Benchmark(COCO, None, "images/val2017", ".jpg",
+        (("annotations/val2017", "_labelTrainIds.png", identity(171)),
+         ("annotations/val2017", ".png", COCO_STUFF_TABLE),
+         ("stuffthingmaps/val2017", ".png", COCO_STUFF_TABLE)), None, "coco_stuff164k"),
+    "ade20k": Benchmark(ADE20K, None, "images/validation", ".jpg",
+        (("annotations/validation", ".png", from_one(150)),), None, "ade/ADEChallengeData2016"),
+    "cityscapes": Benchmark(CITYSCAPES, None, "leftImg8bit/val", "_leftImg8bit.png",
+        (("gtFine/val", "_gtFine_labelTrainIds.png", identity(19)),
+         ("gtFine/val", "_gtFine_labelIds.png", CITYSCAPES_TABLE)), None, "cityscapes"),
 }
+# fmt: on
 # The same files without the background class: its pixels are not scored.
 for _name, _n in (("pascal_voc", 20), ("pascal_context", 59)):
     _whole = BENCHMARKS[_name]
@@ -1102,6 +1049,7 @@ class SegmentationFolder:
         self.benchmark, self.root = BENCHMARKS[name], Path(root)
         b = self.benchmark
         self.words, self.background_threshold, self.palette = b.words, b.background_threshold, voc_palette()
+        self.has_background = b.background_threshold is not None
         advice = f"--data-root should be the folder of {name}" + (f", {b.usual_root}" if b.usual_root else "")
         for path in (b.pictures, b.split):
             if path and not (self.root / path).exists():
@@ -1135,17 +1083,20 @@ class SegmentationFolder:
 class PictureFolder:
     """Pictures of your own, with label maps (class numbers, counted from 0; 255: not scored) where there are some."""
 
-    def __init__(self, pictures, labels, words, background_threshold=None, paths=None):
+    background_threshold = 0.75  # of regions; SegCLIP's on VOC
+
+    def __init__(self, pictures, labels, words, has_background=False, paths=None, output=None):
         self.root, self.labels = Path(pictures), labels and Path(labels)
         for folder in (self.root, self.labels):
             if folder and not folder.is_dir():
                 raise InputError(f"{folder}: no such folder")
-        self.words, self.background_threshold, self.palette = words, background_threshold, voc_palette()
-        self.table = identity(len(words) + (background_threshold is not None))
+        self.words, self.has_background, self.palette = words, has_background, voc_palette()
+        self.table = identity(len(words) + has_background)
+        others = [folder.resolve() for folder in (self.labels, output) if folder]  # they may lie in the same folder
         self.paths = paths or [
             path
             for path in visible_files(self.root)
-            if path.suffix.lower() in IMAGE_SUFFIXES and not (self.labels and path.is_relative_to(self.labels))
+            if path.suffix.lower() in IMAGE_SUFFIXES and not any(map(path.resolve().is_relative_to, others))
         ]
         self.names = [str(p.relative_to(self.root).with_suffix("")) for p in self.paths]
         lower = sorted(name.lower() for name in self.names)  # two names that differ in case are one file on some systems
@@ -1168,7 +1119,7 @@ class PictureFolder:
 class ClassFolder:
     """Pictures of your own in one folder a class: Samples by number, each with the number of its class as its label."""
 
-    background_threshold = None
+    has_background = False
 
     def __init__(self, root):
         if not Path(root).is_dir():
@@ -1189,20 +1140,6 @@ class ClassFolder:
 
     def __getitem__(self, index):
         return Sample(read_picture(self.paths[index]), self.classes[index], str(self.paths[index]))
-
-
-def visible_files(folder):
-    """All files in a folder and its folders, sorted; without hidden ones."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    return [path for path in paths if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
-
-
-def read_lines(path):
-    """The lines of a text file that are not empty, without the space around them. Raises InputError."""
-    try:
-        return [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not a list of names ({error})") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1246,15 +1183,16 @@ def main(argv=None):
     start, counts = time.time(), Counter()
     for source in sources:
         todo = source.unsegmented()
-        counts["there"] += 0 if todo else len(source)
         if todo:
             results = progress(in_parallel(SuperpixelJobs(source, todo, *sizes), args.workers), len(todo), "pictures")
-            source.save_superpixels(counted(results, counts))
+            try:
+                source.save_superpixels(counted(results, counts))
+            except (OSError, Fault) as error:
+                raise InputError(f"{source.superpixels}: cannot be written ({first_line(error)})") from None
             print(f"wrote {source.superpixels}")
     print(
         f"superpixels of {counts['done']} pictures in {time.time() - start:.0f} s, "
-        f"{counts['bytes'] / max(counts['done'], 1):.0f} bytes each; {counts['broken']} broken pictures have none; "
-        f"{counts['there']} pairs had theirs"
+        f"{counts['bytes'] / max(counts['done'], 1):.0f} bytes each; {counts['broken']} broken pictures have none"
     )
 
 

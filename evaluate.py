@@ -36,6 +36,7 @@ from clip_loader import (
     load_tokenizer,
     make_folder,
     run_program,
+    sha256_of,
     start_processes,
 )
 from data import (
@@ -56,22 +57,10 @@ from data import (
 from losses import compatibility
 from model import PACL, READOUTS
 
+OWN = "the protocol's own"  # --background without a threshold
 SCENES = {"synthetic": "val", "synthetic-unseen": "unseen"}  # data sets that are drawn, and their split
-DEFAULT_CHECKPOINT = "runs/synthetic/checkpoint.pt"
-# What --compare compares: name: (checkpoint, read-out, command that makes it, mIoU in the papers with ViT-B/16).
-PUBLISHED_ON = ("VOC-21", "Context-60", "COCO-Object", "VOC-20", "Context-59", "COCO-Stuff", "ADE", "Cityscapes")
-_CLIP, _MAKE = "runs/clip/checkpoint.pt", "python train.py --method"
-COMPARED = {
-    "CLIP": (_CLIP, "clip", f"{_MAKE} clip", "- - - 8.4 2.3 2.6 1.3 -"),
-    "MaskCLIP": (_CLIP, "maskclip", f"{_MAKE} clip", "43.4 23.2 20.6 74.9 26.4 16.7 11.9 24.9"),
-    "SCLIP": (_CLIP, "sclip", f"{_MAKE} clip", "59.1 30.4 30.5 80.4 34.2 22.4 16.1 32.2"),
-    "ClearCLIP": (_CLIP, "clearclip", f"{_MAKE} clip", "51.8 32.6 33.0 80.9 35.9 23.9 16.7 30.0"),
-    "NACLIP": (_CLIP, "naclip", f"{_MAKE} clip", "58.9 32.2 33.2 79.7 35.2 23.3 17.4 35.5"),
-    "PACL": ("runs/pacl/checkpoint.pt", "clip", f"{_MAKE} pacl", "- - - 72.3 50.1 38.8 31.4 -"),
-    "SegCLIP": (DEFAULT_CHECKPOINT, "clip", "python train.py", "52.6 24.7 26.5 - - - - -"),
-}
-PROTOCOLS_OWN = -1.0  # --background without a threshold
-
+RUNS = {"segclip": "runs/synthetic", "clip": "runs/clip", "pacl": "runs/pacl"}  # where train.py leaves those of the scenes
+DEFAULT_CHECKPOINT = f"{RUNS['segclip']}/checkpoint.pt"
 # ---------------------------------------------------------------------------------------------------------------------
 # Words
 
@@ -102,6 +91,7 @@ TEMPLATES = {
         "the {}"
     ),
 }
+TEMPLATES = {count: [f"{template}." for template in templates] for count, templates in TEMPLATES.items()}
 
 
 # What SCLIP's tables ask for in place of a class's name, and what it counts as background.
@@ -135,7 +125,7 @@ class Settings:
     window: int
     stride: int
     top_k: int | None = None  # segclip only
-    logit_scale: float | None = None  # None: the learned one
+    logit_scale: float | None = None  # dense only
     background_threshold: float | None = None
     area_threshold: float | None = None  # dense only: classes with a smaller share of the foreground are left out
     stride_trick: int | None = None  # in pixels, from one patch to the next; None: the patch size
@@ -164,6 +154,29 @@ def check_words(words, has_background, source):
             raise InputError(f"{source}: the class {word} is there twice")
 
 
+def background_threshold(args, dataset, name):
+    """Below it, nothing is seen; None where there is no background, or its entropy decides. Raises InputError."""
+    threshold, entropy = args.background_threshold, args.background_entropy
+    if not dataset.has_background:
+        if threshold is not None or entropy is not None:
+            raise InputError(f"--background: {name} has no background")
+        return None
+    if entropy is not None:
+        if threshold is not None:
+            raise InputError("--background-entropy: it is this or --background")
+        if not 0 <= entropy < float("inf"):
+            raise InputError(f"--background-entropy {entropy}: must be a number from 0 on")
+        return None
+    if threshold in (None, OWN):
+        return 0.1 if args.protocol == "dense" else dataset.background_threshold
+    try:
+        if 0 <= float(threshold) <= 1:
+            return float(threshold)
+    except ValueError:
+        pass
+    raise InputError(f"--background {threshold}: must be between 0 and 1")
+
+
 def choose_settings(args, dataset, size):
     """The named protocol for this data set and this model's input size, and the flags that change it. Raises InputError."""
     name, words = kind_of(args), [[word] for word in dataset.words]
@@ -172,24 +185,7 @@ def choose_settings(args, dataset, size):
         if len(words) != len(dataset.words):
             expected = f"{args.classify or name} has {len(dataset.words)} (background is not counted)"
             raise InputError(f"{args.classes}: has {len(words)} classes, {expected}")
-    threshold = None
-    if dataset.background_threshold is not None:
-        check_words(dataset.words, True, args.classes or "--words")
-        threshold = 0.1 if args.protocol == "dense" else dataset.background_threshold if name in BENCHMARKS else 0.75
-    if args.background_threshold not in (None, PROTOCOLS_OWN):
-        if threshold is None:
-            raise InputError(f"--background-threshold: {name} has no background")
-        if not 0 <= args.background_threshold <= 1:
-            raise InputError(f"--background-threshold {args.background_threshold}: must be between 0 and 1")
-        threshold = args.background_threshold
-    if args.background_entropy is not None:
-        if args.background_threshold is not None:
-            raise InputError("--background-entropy: it is this or --background-threshold")
-        if threshold is None:
-            raise InputError(f"--background-entropy: {name} has no background")
-        if not 0 <= args.background_entropy < float("inf"):
-            raise InputError(f"--background-entropy {args.background_entropy}: must be a number from 0 on")
-        threshold = None
+    threshold = background_threshold(args, dataset, name)
     if args.classify:
         return Settings("classify", words, args.templates or 7, size, size, size, stride_trick=args.stride_trick)
     if args.protocol == "segclip":
@@ -219,7 +215,7 @@ def class_features(model, tokenizer, settings):
     device, templates = model.clip.logit_scale.device, TEMPLATES[settings.templates]
     features = []
     for word in (word for words in settings.classes for word in words):
-        text = tokenizer([f"{template.format(word)}." for template in templates], model.config.context_length)
+        text = tokenizer([template.format(word) for template in templates], model.config.context_length)
         feature = model.encode_text(text.to(device))  # [templates, E]
         if settings.protocol != "segclip":  # OpenAI and SCLIP give each template the same weight, GroupViT as it is long
             feature = F.normalize(feature, dim=-1)
@@ -252,13 +248,18 @@ def best_word(scores, owner, num_classes):
     return out.scatter_reduce(-1, owner.expand(scores.shape), scores, "amax")
 
 
+def region_cosines(encoding, text):
+    """Regions [B, L, E], words [Q, E] -> [B, L, Q]."""
+    return F.normalize(encoding.regions.float(), dim=-1) @ text.T
+
+
 def region_scores(encoding, text, scale, top_k=5):
     """How much each region is each word: regions [B, L, E], words [Q, E] -> [B, L, Q], between 0 and 1.
 
     A softmax over all words times a softmax over the top_k words of the image feature: GroupViT's rule, which the authors
     inherited. The paper has the cosines alone.
     """
-    logits = scale * F.normalize(encoding.regions.float(), dim=-1) @ text.T  # [B, L, Q]
+    logits = scale * region_cosines(encoding, text)  # [B, L, Q]
     image_logits = F.normalize(encoding.features.float(), dim=-1) @ text.T  # [B, Q]
     top = image_logits.topk(min(top_k, len(text)), dim=-1).indices
     others = torch.ones_like(image_logits, dtype=torch.bool).scatter(1, top, False)
@@ -304,15 +305,24 @@ def window_scores(encoding, text, owner, scale, settings):
     """[B, L, channels]: class scores with background (segclip), or the cosine of each word (dense). For background by
     entropy, which is found later, both of them."""
     if settings.protocol == "dense":
-        return F.normalize(encoding.regions.float(), dim=-1) @ text.T
+        return region_cosines(encoding, text)
     scores = best_word(region_scores(encoding, text, scale, settings.top_k), owner, len(settings.classes))
     if settings.background_entropy is not None:
-        return torch.cat([scores, F.normalize(encoding.regions.float(), dim=-1) @ text.T], dim=2)
+        return torch.cat([scores, region_cosines(encoding, text)], dim=2)
     return scores if settings.background_threshold is None else add_background(scores, settings.background_threshold)
 
 
+def segclip_labels(scores, owner, scale, settings):
+    """What window_scores gave, averaged, [channels, H, W] -> scores [C, H, W] and labels [H, W]."""
+    if settings.background_entropy is not None:
+        scores, cosines = scores.split((len(scores) - len(owner), len(owner)))
+        scores = torch.cat([entropy_background(cosines, owner, scale, settings), scores])
+    # The softmax changes no argmax but that of values that it rounds to the same: the authors' way with near ties.
+    return scores, scores.softmax(dim=0).argmax(dim=0)
+
+
 def dense_labels(cosines, owner, settings):
-    """Cosines [Q, H, W] of the words -> probabilities [C, H, W] and labels [H, W], as SCLIP does."""
+    """Cosines [Q, H, W] of the words -> probabilities [C, H, W] and labels [H, W], as SCLIP does, with its own scale."""
     scores = (settings.logit_scale * cosines).softmax(dim=0)
     scores = best_word(scores.permute(1, 2, 0), owner, len(settings.classes)).permute(2, 0, 1)  # [C, H, W]
     if settings.background_entropy is not None:
@@ -421,15 +431,11 @@ class Segmenter:
             if self.settings.protocol == "dense":
                 full, label = dense_labels(full, self.owner, self.settings)
             else:
-                if self.settings.background_entropy is not None:
-                    full, cosines = full.split((len(full) - len(self.text), len(self.text)))
-                    full = torch.cat([entropy_background(cosines, self.owner, self.scale, self.settings), full])
-                # The softmax changes no argmax but that of values that it rounds to the same: the authors' way with near ties.
-                label = full.softmax(dim=0).argmax(dim=0)
+                full, label = segclip_labels(full, self.owner, self.scale, self.settings)
             yield sample, Result(label.byte().cpu().numpy(), region_map.cpu().numpy(), full, features)
 
 
-class Seen(torch.utils.data.Dataset):
+class ResizedPictures(torch.utils.data.Dataset):
     """What the worker processes do: (sample, the picture at the size at which the model sees it), or an InputError."""
 
     def __init__(self, dataset, settings):
@@ -469,7 +475,7 @@ def centre(picture, size):
 def picture_scores(model, encoding, text):
     """How much each picture is each word: text [Q, E] -> [B, Q], PACL's compatibility or the cosine of the image feature."""
     if isinstance(model, PACL):
-        return compatibility(encoding.regions.float(), text, model.config.patch_temperature)
+        return compatibility(encoding.regions.float(), text, model.config.patch_scale)
     return F.normalize(encoding.features.float(), dim=-1) @ text.T
 
 
@@ -541,6 +547,19 @@ def majority(parts, label):
     return counts.argmax(axis=1)[parts].astype(np.uint8)
 
 
+ANALYSIS = {  # what --analyse says, in the order in which it is best read
+    "ceiling": "mIoU if each patch had its majority class: about what patches allow",
+    "names perfect": "mIoU if each region had its majority class: names perfect",
+    "grouping perfect": "mIoU if each true region were named as a whole: grouping perfect",
+    "purity": "purity: pixels that have the majority class of their region",
+    "patches": "patches that get the class of most of their pixels",
+    "named right": "true regions that are named right",
+    "words found": "words of a picture among the image feature's best (--top-k, or 5)",
+    "captions": "captions nearest to their own of 100 pictures",
+    "regions": "number of regions in a picture",
+}
+
+
 class Analysis:
     """What the score would be if one part of the model were perfect, and how good that part is by itself."""
 
@@ -585,17 +604,18 @@ class Analysis:
             self.features.append(F.normalize(feature.mean(dim=0), dim=0))
 
     def summary(self):
-        """-> {what: fraction or number}, in the order in which it is best read."""
+        """-> {key of ANALYSIS: fraction or number}."""
+        grouped = self.grouped.summary()
         return {
-            "mIoU if each patch had its majority class: the ceiling": self.ceiling.summary()["mIoU"],
-            "mIoU if each region had its majority class: names perfect": self.grouped.summary()["mIoU"],
-            "mIoU if each true region were named as a whole: grouping perfect": self.named.summary()["mIoU"],
-            "purity: pixels that have the majority class of their region": self.grouped.summary()["aAcc"],
-            "patches that get the class of most of their pixels": self.patches.summary()["aAcc"],
-            "true regions that are named right": mean(self.right_names),
-            f"words of a picture among the image feature's top {self.top_k}": mean(self.words_found),
-            "captions nearest to their own of 100 pictures": self.retrieval(),
-            "number of regions in a picture": mean(self.regions),
+            "ceiling": self.ceiling.summary()["mIoU"],
+            "names perfect": grouped["mIoU"],
+            "grouping perfect": self.named.summary()["mIoU"],
+            "purity": grouped["aAcc"],
+            "patches": self.patches.summary()["aAcc"],
+            "named right": mean(self.right_names),
+            "words found": mean(self.words_found),
+            "captions": self.retrieval(),
+            "regions": mean(self.regions),
         }
 
     @torch.inference_mode()
@@ -845,16 +865,17 @@ def parse_args(argv=None):
         formatter_class=ManualPage,
     )
     # fmt: off
-    what = parser.add_argument_group("what to label: one of --dataset, --images, --image, --classify and --compare")
-    add = what.add_argument
-    add("--dataset", default="synthetic", metavar="NAME",
-        help=f"a benchmark: {', '.join([*SCENES, *sorted(BENCHMARKS)])} [%(default)s]")
-    add("--data-root", metavar="DIR", help="its folder, for example VOCdevkit/VOC2012")
+    what = parser.add_argument_group("what to label, one of the first four, or --compare")
+    add = what.add_mutually_exclusive_group().add_argument
+    add("--dataset", default="synthetic", metavar="NAME", choices=[*SCENES, *sorted(BENCHMARKS)],
+        help="a benchmark: %(choices)s [%(default)s]")
     add("--images", metavar="DIR", help="a folder of your own pictures")
-    add("--labels-dir", metavar="DIR",
-        help="its label maps, NAME.png: class numbers from 0 in one byte a pixel, 255: not scored")
     add("--image", metavar="FILE", help="one picture; writes an overlay, the labels and the regions")
     add("--classify", metavar="DIR", help="whole pictures, to be told apart: one folder a class, named by it")
+    add = what.add_argument
+    add("--data-root", metavar="DIR", help="the benchmark's folder, for example VOCdevkit/VOC2012")
+    add("--labels-dir", metavar="DIR",
+        help="label maps of --images, NAME.png: class numbers from 0 in one byte a pixel, 255: not scored")
     add("--words", metavar="W", help='the classes, for --image and --images: "cat, grass, sky"')
     add("--classes", metavar="FILE",
         help="the classes, for all of these: one in each line, synonyms separated by commas")
@@ -891,8 +912,7 @@ def parse_args(argv=None):
         help="move the borders to those of the colours, by pixel-adaptive refinement [no]")
     add("--top-k", type=int, metavar="K",
         help="words that a window's regions can be; more for crowded pictures [segclip: 5]")
-    add("--background", "--background-threshold", dest="background_threshold", type=float, nargs="?",
-        const=PROTOCOLS_OWN, metavar="T",
+    add("--background", "--background-threshold", dest="background_threshold", nargs="?", const=OWN, metavar="T",
         help="pixels can be none of the words: where none reaches T, between 0 and 1 [the data set's; dense: 0.1; else 0.75]")
     add("--background-entropy", type=float, metavar="T",
         help="instead: where the entropy of the softmax over the words is more than T; PACL has 1.5 on VOC [no]")
@@ -912,13 +932,14 @@ def kind_of(args):
 
 
 def open_dataset(args, size):
-    """What the flags name: words, palette, background_threshold, names, len, and Samples by number. Raises InputError."""
+    """What the flags name: its words, whether it has_background, len, and Samples by number; of all but a ClassFolder also
+    names, palette, and picture_path(number). Raises InputError."""
     if args.heat and not args.image or args.labels_dir and not args.images:
         raise InputError("--heat is for --image, --labels-dir for --images")
     if args.words and (args.classes or not (args.image or args.images)):
         raise InputError("--words is for --image and --images; it is this or --classes")
-    if args.coherence and (args.image or args.images and not args.labels_dir):
-        raise InputError("--coherence is for pictures with label maps")
+    if (args.coherence or args.analyse) and (args.image or args.images and not args.labels_dir):
+        raise InputError("--analyse and --coherence are for pictures with label maps")
     if args.classify:
         for name in ("image", "images", "window", "short_side", "stride", "top_k", "refine", "analyse", "coherence"):
             if getattr(args, name):
@@ -930,17 +951,15 @@ def open_dataset(args, size):
         if not args.words and not args.classes:
             raise InputError('--image and --images need words: --words "cat, grass, sky" or --classes FILE')
         words = listed(args.words) if args.words else [names[0] for names in read_classes(args.classes)]
-        check_words(words, False, args.classes or "--words")
-        threshold = args.background_threshold if args.background_entropy is None else PROTOCOLS_OWN
+        has_background = args.background_threshold is not None or args.background_entropy is not None
+        check_words(words, has_background, args.classes or "--words")
         if args.image:
-            return PictureFolder(Path(args.image).parent, None, words, threshold, [Path(args.image)])
-        return PictureFolder(args.images, args.labels_dir, words, threshold)
+            return PictureFolder(Path(args.image).parent, None, words, has_background, [Path(args.image)])
+        return PictureFolder(args.images, args.labels_dir, words, has_background, output=output_folder(args))
     if args.data_root and args.dataset in SCENES:
         raise InputError("--data-root needs --dataset; to label pictures of your own, --images")
     if args.dataset in SCENES:
         return SyntheticScenes(size, args.seed, SCENES[args.dataset])
-    if args.dataset not in BENCHMARKS:
-        raise InputError(f"--dataset {args.dataset}: unknown; there are {', '.join([*SCENES, *sorted(BENCHMARKS)])}")
     if args.data_root is None:
         raise InputError(f"--dataset {args.dataset} needs --data-root, the folder that holds it")
     return SegmentationFolder(args.dataset, args.data_root)
@@ -975,32 +994,52 @@ def main(argv=None):
         report(metrics)
 
 
+PUBLISHED_ON = ("VOC-21", "Context-60", "COCO-Object", "VOC-20", "Context-59", "COCO-Stuff", "ADE", "Cityscapes")
+# What --compare compares: name: (--method of train.py, read-out, mIoU in the papers with ViT-B/16).
+COMPARED = {
+    "CLIP": ("clip", "clip", "- - - 8.4 2.3 2.6 1.3 -"),
+    "MaskCLIP": ("clip", "maskclip", "43.4 23.2 20.6 74.9 26.4 16.7 11.9 24.9"),
+    "SCLIP": ("clip", "sclip", "59.1 30.4 30.5 80.4 34.2 22.4 16.1 32.2"),
+    "ClearCLIP": ("clip", "clearclip", "51.8 32.6 33.0 80.9 35.9 23.9 16.7 30.0"),
+    "NACLIP": ("clip", "naclip", "58.9 32.2 33.2 79.7 35.2 23.3 17.4 35.5"),
+    "PACL": ("pacl", "clip", "- - - 72.3 50.1 38.8 31.4 -"),
+    "SegCLIP": ("segclip", "clip", "52.6 24.7 26.5 - - - - -"),
+}
+
+
 def compare(args, device):
     """Score the models of the scenes one after the other, and print a table in Markdown. Raises InputError."""
     if dist.is_initialized():
         raise InputError("--compare is for one process; start it with python, not torchrun")
+    if kind_of(args) in ("image", "images", "classify"):
+        raise InputError("--compare is for --dataset")
+    for method in RUNS:
+        trained(method)
     print(
         f"| | mIoU on {args.dataset} | patches right | {' | '.join(PUBLISHED_ON)} |\n|---|---|---|{'---|' * len(PUBLISHED_ON)}"
     )
-    for name, (checkpoint, readout, command, published) in COMPARED.items():
-        if not Path(checkpoint).exists():
-            raise InputError(f"{checkpoint}: not there yet; make it with `{command}`")
-        output = str(Path(args.output or "runs/compare", name.replace(" ", "-")))
-        its = argparse.Namespace(
-            **vars(args) | {"checkpoint": checkpoint, "readout": readout, "output": output, "analyse": True}
+    for name, (method, readout, published) in COMPARED.items():
+        changes = {"checkpoint": trained(method), "readout": readout, "analyse": True}
+        changes["output"] = str(Path(args.output or "runs/compare", name))
+        metrics = label_and_score(argparse.Namespace(**vars(args) | changes), 0, 1, device)
+        measured = [f"{100 * value:.1f} %" for value in (metrics["mIoU"], metrics["analysis"]["patches"])]
+        print(f"| {' | '.join([name, *measured, *published.split()])} |", flush=True)
+
+
+def trained(method):
+    """The checkpoint that train.py leaves of the scenes. Raises InputError."""
+    path = Path(RUNS[method], "checkpoint.pt")
+    if not path.exists():
+        raise InputError(
+            f"{path}: not there yet; make it with `python train.py --method {method}`, or give --checkpoint FILE"
         )
-        metrics = label_and_score(its, 0, 1, device)
-        patches = next(value for what, value in metrics["analysis"].items() if what.startswith("patches"))
-        print(
-            f"| {name} | {100 * metrics['mIoU']:.1f} % | {100 * patches:.1f} % | {' | '.join(published.split())} |",
-            flush=True,
-        )
+    return str(path)
 
 
 def label_and_score(args, rank, world, device):
     """What the flags name, with the checkpoint that they name -> metrics, as evaluate. Raises InputError."""
-    if args.checkpoint == DEFAULT_CHECKPOINT and not Path(DEFAULT_CHECKPOINT).exists():
-        raise InputError(f"{DEFAULT_CHECKPOINT}: not there yet; make it with `python train.py`, or give --checkpoint FILE")
+    if args.checkpoint == DEFAULT_CHECKPOINT:
+        trained("segclip")
     path = fetch(args.checkpoint) if args.checkpoint in MODELS else args.checkpoint
     model = load_model(path, args.readout).to(device).eval()
     tokenizer = load_tokenizer(path, args.vocabulary)
@@ -1008,8 +1047,7 @@ def label_and_score(args, rank, world, device):
         raise InputError(
             f"{args.checkpoint}: made for {model.config.vocab_size} tokens, but the vocabulary has {tokenizer.vocab_size}"
         )
-    sha256 = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    origin = {"checkpoint": str(args.checkpoint), "checkpoint_sha256": sha256, "readout": args.readout}
+    origin = {"checkpoint": str(args.checkpoint), "checkpoint_sha256": sha256_of(path), "readout": args.readout}
     return evaluate(args, model, tokenizer, rank, world, origin)
 
 
@@ -1038,7 +1076,9 @@ def evaluate(args, model, tokenizer, rank, world, origin):
         "data": source and str(Path(source).resolve()),
         "seed": args.seed if kind in SCENES else None,
         **origin,
+        "vocabulary": args.vocabulary,
         "git": git_revision(),
+        "code": code_hash(),
         "precision": args.precision,
         **vars(settings),
     }
@@ -1071,13 +1111,13 @@ class Task(NamedTuple):
     segmenter: Segmenter
     tokenizer: object
     output: Path
-    record: dict  # all that a prediction depends on
+    record: dict  # all that a prediction depends on, beside its picture
     rank: int
     world: int
 
-    def seen(self, indices):
+    def load(self, indices):
         """These pictures, as Segmenter takes them; process 0 tells how far it is."""
-        pictures = raised(in_parallel(Seen(self.dataset, self.segmenter.settings), self.args.workers, indices))
+        pictures = raised(in_parallel(ResizedPictures(self.dataset, self.segmenter.settings), self.args.workers, indices))
         return progress(pictures, len(indices), "pictures") if self.rank == 0 else pictures
 
     def sum(self, counts):
@@ -1086,6 +1126,11 @@ class Task(NamedTuple):
         if self.world > 1:
             dist.all_reduce(totals)
         return totals.cpu()
+
+
+def code_hash():
+    """Of this project's files: labels that another version of them made are not reused."""
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))).hexdigest()
 
 
 def output_folder(args):
@@ -1098,7 +1143,7 @@ def output_folder(args):
 def score_classification(task):
     """-> metrics of whole pictures, and no files."""
     mine = range(task.rank, task.count, task.world)
-    counts = task.sum(classify(task.segmenter, task.seen(mine)))
+    counts = task.sum(classify(task.segmenter, task.load(mine)))
     total, top_1, top_5 = counts.sum(dim=1).tolist()
     per_class = {name: right / n if n else None for name, (n, right, _) in zip(task.dataset.folders, counts.T.tolist())}
     return {"top-1": top_1 / total, "top-5": top_5 / total, "accuracy": per_class, "pictures": total}, []
@@ -1121,13 +1166,13 @@ def score_segmentation(task):
             metrics["analysis"] = analysis.summary()
         if args.coherence:
             shuffled = np.random.RandomState(0).permutation(task.count).tolist()  # so the picture before is any other
-            metrics["coherence"] = coherence(task.segmenter, task.seen(shuffled), output / "roc.png")
+            metrics["coherence"] = coherence(task.segmenter, task.load(shuffled), output / "roc.png")
             written.append(f"{output}/roc.png")
     return metrics, written
 
 
 def label_pictures(task, analysis):
-    """Label this process's pictures and save it, but for those that an earlier run labelled with the very same settings
+    """Label this process's pictures and save their labels, but for those that an earlier run labelled with the very same settings
     -> Score, how many have label maps, and the first six as draw_examples has them."""
     dataset, mine = task.dataset, range(task.rank, task.count, task.world)
     shown, todo, score, labelled, examples = set(mine[:6]), [], Score(len(task.words)), 0, []
@@ -1143,7 +1188,7 @@ def label_pictures(task, analysis):
     if len(todo) < len(mine):
         print(f"{len(mine) - len(todo)} pictures of an earlier run with the same settings are reused", file=sys.stderr)
 
-    for i, (sample, result) in zip(todo, task.segmenter(task.seen(todo))):
+    for i, (sample, result) in zip(todo, task.segmenter(task.load(todo))):
         save_labels(paths[i], result.label, dataset.palette, keys[i])
         if sample.label is not None:
             labelled += 1
@@ -1166,14 +1211,14 @@ def report(metrics):
     print(f"{summary}  over {metrics['pictures']} pictures  protocol {metrics['protocol']}{rules}")
     for kind, area in metrics.get("coherence", {"area": {}})["area"].items():
         print(f"semantic coherence, area under the ROC curve, {kind}: " + ("-" if area is None else f"{area:.4f}"))
-    for name, value in metrics.get("analysis", {}).items():
-        value = f"{value:6.1f}  " if "number" in name else "     -  " if value is None else f"{100 * value:6.1f} %"
-        print(f"{value}  {name}")
+    for key, value in metrics.get("analysis", {}).items():
+        value = f"{value:6.1f}  " if key == "regions" else "     -  " if value is None else f"{100 * value:6.1f} %"
+        print(f"{value}  {ANALYSIS[key]}")
 
 
 def show_picture(task):
     """Write what the model sees in one picture, and print how much of it each word is."""
-    ((sample, (label, regions, scores, _)),) = task.segmenter(task.seen([0]))
+    ((sample, (label, regions, scores, _)),) = task.segmenter(task.load([0]))
     words, output, palette = task.words, task.output, word_colours(task.words)
     share = np.bincount(label.ravel(), minlength=len(words)) / label.size
     order = [c for c in np.argsort(-share) if share[c] > 0]

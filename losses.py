@@ -5,6 +5,7 @@ import math
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 class GatherRows(torch.autograd.Function):
@@ -43,60 +44,38 @@ def symmetric_cross_entropy(image_to_text, text_to_image, logit_scale, first):
     """How near each image is to all texts [b, B], and each text to all images [b, B], where row i's own is column first + i."""
     scale = logit_scale.exp().clamp(max=100)
     own = torch.arange(first, first + len(image_to_text), device=image_to_text.device)
-    i2t = F.cross_entropy(scale * image_to_text, own)  # Eq. 10
-    t2i = F.cross_entropy(scale * text_to_image, own)  # Eq. 9
+    i2t = F.cross_entropy(scale * image_to_text, own)  # the sum in Eq. 9, which the paper calls t2i
+    t2i = F.cross_entropy(scale * text_to_image, own)  # Eq. 10, likewise
     return (i2t + t2i) / 2  # Eq. 8
 
 
-AT_ONCE = 2**21  # numbers; 8 MiB in float32 for each of the [size, N, B] tensors below
+AT_ONCE = 2**21  # numbers; 8 MiB in float32 for each of the [b, N, B] tensors in `phi`
 
 
-def compatibility(patches, text, temperature):
-    """PACL's phi of every picture with every text: embedded patches [b, N, E], texts [B, E] -> [b, B], cosines.
+def compatibility(patches, text, scale):
+    """PACL's compatibility of every picture with every text: embedded patches [b, N, E], texts [B, E] -> [b, B], cosines.
 
-    s, the cosine of each patch with the text, weighs the patches, a = softmax(temperature * s) over them; phi is the cosine
-    of the text with the sum of the patches so weighted. (The slides do not tell the temperature; Config has others' choice.)
+    A few pictures at a time; what the gradient needs of them is computed again when it is asked for.
     """
-    return Compatibility.apply(patches, F.normalize(text, dim=-1), temperature)
+    text = F.normalize(text, dim=-1)
+    parts = patches.split(max(1, AT_ONCE // (patches.shape[1] * len(text))))
+    return torch.cat([checkpoint(phi, part, text, scale, use_reentrant=False, preserve_rng_state=False) for part in parts])
 
 
-class Compatibility(torch.autograd.Function):
-    """A few pictures at a time; what the gradient needs of them is computed again when it is asked for."""
+def phi(patches, text, scale):
+    """s, the cosine of each patch with the text, weighs the patches, a = softmax(scale * s) over them; phi is the cosine of the
+    text with the sum of the patches so weighted. (The slides do not tell the scale; Config has others' choice.)
 
-    @staticmethod
-    def parts(patches, text):
-        return patches.split(max(1, AT_ONCE // (patches.shape[1] * len(text))))
-
-    @staticmethod
-    def forward(ctx, patches, text, temperature):
-        ctx.save_for_backward(patches, text)
-        ctx.temperature = temperature
-        return torch.cat([compatibility_of_few(few, text, temperature) for few in Compatibility.parts(patches, text)])
-
-    @staticmethod
-    def backward(ctx, gradient):
-        patches, text = ctx.saved_tensors
-        g_patches, g_text = torch.empty_like(patches), torch.zeros_like(text)
-        first, text = 0, text.detach().requires_grad_()
-        for few in Compatibility.parts(patches, text):
-            rows, few = slice(first, first + len(few)), few.detach().requires_grad_()
-            with torch.enable_grad():
-                phi = compatibility_of_few(few, text, ctx.temperature)
-            g_patches[rows], g = torch.autograd.grad(phi, (few, text), gradient[rows])
-            first, g_text = rows.stop, g_text + g
-        return g_patches, g_text, None
-
-
-def compatibility_of_few(patches, text, temperature):
-    """All of a part of the pictures. No pooled vector is ever made, of which there would be [b, B, E]: its product with the
-    text is the sum of the patches' products, and its length is in the products of the patches with each other."""
+    No such sum is ever made, of which there would be [b, B, E]: its product with the text is the sum of the patches' products,
+    and its length is in the products of the patches with each other.
+    """
     dots = patches @ text.T  # [b, N, B]
-    a = (temperature * dots / patches.norm(dim=-1, keepdim=True).clamp(min=1e-6)).softmax(dim=1)
+    a = (scale * dots / patches.norm(dim=-1, keepdim=True).clamp(min=1e-6)).softmax(dim=1)
     length = (a * (patches @ patches.transpose(1, 2) @ a)).sum(dim=1)  # [b, B], squared
     return (a * dots).sum(dim=1) / length.clamp(min=1e-12).sqrt()
 
 
-def pacl_loss(patches, text_features, logit_scale, patch_temperature):
+def pacl_loss(patches, text_features, logit_scale, patch_scale):
     """Symmetric cross-entropy between images and texts over PACL's compatibility, with negatives from every rank.
 
     patches: [b, N, E] of this rank, embedded; text_features: [b, E]; logit_scale as in contrastive_loss.
@@ -105,9 +84,9 @@ def pacl_loss(patches, text_features, logit_scale, patch_temperature):
     gathered = dist.is_initialized() and dist.get_world_size() > 1
     if gathered:
         text, first = GatherRows.apply(text), dist.get_rank() * len(patches)
-    phi = compatibility(patches, text, patch_temperature)  # [b, B]
-    all_phi = GatherRows.apply(phi) if gathered else phi  # [B, B]
-    return symmetric_cross_entropy(phi, all_phi.T[first : first + len(patches)], logit_scale, first)
+    ours = compatibility(patches, text, patch_scale)  # [b, B]
+    everyones = GatherRows.apply(ours) if gathered else ours  # [B, B]
+    return symmetric_cross_entropy(ours, everyones.T[first : first + len(patches)], logit_scale, first)
 
 
 def superpixel_kl_loss(assign, superpatch):

@@ -1,8 +1,9 @@
-"""Every nn.Module of the project: CLIP, SegCLIP on top of it, and the CLIP that SegCLIP is compared with.
+"""Every nn.Module of the project: CLIP, and what labels pictures on top of it: SegCLIP, PACL, and CLIP itself as the baseline.
 
 Read from the top: Attention and Block are what everything is made of; VisionTransformer and CLIP are OpenAI's model
 (Radford et al., 2021) with OpenAI's parameter names; SemanticGroup is the idea of SegCLIP (Luo et al., ICML 2023), and
-SegCLIP plugs it between two blocks of CLIP's image encoder. Equation numbers are those of the SegCLIP paper.
+SegCLIP plugs it between two blocks of CLIP's image encoder; at the end PACL (Mukhoti et al., CVPR 2023), which aligns CLIP's
+patches, or DINO's, with words. Equation numbers are those of the SegCLIP paper.
 
 Symbols, as in the paper: B batch, N patches, L centers, D width, E embedding, P patch size, T text tokens, V visible
 patches; H_p patch tokens before the group module, H_c centers, M the mapping matrix, Z_p region tokens after the last block.
@@ -42,7 +43,9 @@ class Config:
     mask_ratio: float = 0.75  # share of the patches that the reconstruction hides
     decoder_layers: int = 3  # blocks of the MAE decoder
     # What PACL adds:
-    patch_temperature: float = 10.0  # how much more the patches count that are nearest to a text
+    patch_scale: float = (
+        10.0  # multiplies the cosines before the softmax over patches: the higher, the more the nearest count
+    )
 
     def __post_init__(self):
         for name, value in vars(self).items():
@@ -81,7 +84,7 @@ class Attention(nn.Module):
         nn.init.normal_(self.in_proj_weight, std=width**-0.5)
 
     def forward(self, query, memory, causal=False):
-        if memory is query:  # one product in place of two, and of three
+        if memory is query:  # self-attention: queries, keys and values in one product
             q, k, v = F.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
         else:
             sizes = (query.shape[-1], 2 * query.shape[-1])
@@ -210,12 +213,7 @@ class CLIP(nn.Module):
 
     def encode_patches(self, image, readout="clip"):
         """[B, 3, H, W] -> [B, N, E], by one of READOUTS; "clip" sends patch tokens the way that was trained for the class token."""
-        return self.encode_densely(image, readout)[1]
-
-    def encode_densely(self, image, readout="clip"):
-        """[B, 3, H, W] -> [B, E] from the class token, [B, N, E] from the patches as encode_patches."""
-        class_token, patches = self.dense_tokens(image, readout)
-        return self.visual.project(class_token), self.visual.project(patches)
+        return self.visual.project(self.dense_tokens(image, readout)[1])
 
     def dense_tokens(self, image, readout="clip"):
         """[B, 3, H, W] -> the class token [B, D] and the patches [B, N, D], before ln_post and projection."""
@@ -246,8 +244,8 @@ READOUTS = ("clip", "maskclip", "sclip", "clearclip", "naclip")
 
 
 def read_out(block, x, readout, grid):
-    """The last block of CLIP's image encoder in another way than it was trained, in which a patch looks at what the whole picture
-    needs: [B, 1 + N, D] -> [B, 1 + N, D]. No training. Raises ValueError for a readout that is none of these:
+    """CLIP's last block, in ways it was not trained in: [B, 1 + N, D] -> [B, 1 + N, D]. As it was trained, a patch looks at what
+    the whole picture needs; so each of these lets it look at itself or its like. Raises ValueError for any other:
 
     maskclip (Zhou et al., ECCV 2022): a token looks at itself alone. No residual, no MLP.
     sclip (Wang et al., ECCV 2024): queries look at queries, and keys at keys, each as alike as they are; both are added.
@@ -351,7 +349,8 @@ class SemanticGroup(nn.Module):
         self.cross_blocks = nn.ModuleList(CrossBlock(width) for _ in range(config.cross_layers))
         self.ln_centers = nn.LayerNorm(width)
         self.ln_patches = nn.LayerNorm(width)
-        # One linear layer per head, as a grouped 1x1 convolution. The paper is silent here; this is the authors' code.
+        # Eqs. 2 and 3 have H_p itself as keys and values. The authors' code projects it, after a norm: one linear layer per
+        # head, as a grouped 1x1 convolution.
         self.to_keys = nn.Conv1d(width, width, 1, groups=heads, bias=False)
         self.ln_keys = nn.LayerNorm(width)
         self.to_values = nn.Conv1d(width, width, 1, groups=heads, bias=False)
@@ -376,7 +375,7 @@ class SemanticGroup(nn.Module):
 
         count = M.sum(dim=1).clamp(min=1)  # [B, L]; a center without patches gets a mean of zero
         mean = M.transpose(1, 2) @ values / count[..., None]  # [B, L, D]
-        regions = self.activation(self.mlp(self.ln_out(mean + centers)))  # Eq. 3
+        regions = self.activation(self.mlp(self.ln_out(mean + centers)))  # Eq. 3; norm and activation: the authors' code
         return regions, M, scores.softmax(dim=-1)
 
 
@@ -385,7 +384,9 @@ class SemanticGroup(nn.Module):
 
 
 class ReconstructionLayer(nn.Module):
-    """Restores patch tokens from regions (Eq. 4): M [B, V, L] and regions [B, L, D] -> [B, V, D]."""
+    """Restores patch tokens from regions (Eq. 4): M [B, V, L] and regions [B, L, D] -> [B, V, D].
+
+    In the paper the linear layer follows the product; the authors' code has it before, over the L columns of M."""
 
     def __init__(self, config):
         super().__init__()
@@ -434,31 +435,19 @@ def sincos_positions(width, rows, columns, device=None):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# SegCLIP
+# What SegCLIP, PACL and the baseline have in common
 
 
 class ImageEncoding(NamedTuple):
-    features: torch.Tensor  # [B, E]    image feature: max over the region tokens, then ln_post and projection
+    features: torch.Tensor  # [B, E]    image feature: of SegCLIP the max over the region tokens, else CLIP's class token
     regions: torch.Tensor  # [B, L, E]  projected region tokens
     hard: torch.Tensor  # [B, N, L]     mapping matrix M: one-hot rows, straight-through gradient in training
     soft: torch.Tensor  # [B, N, L]     softmax over the centers, no noise
     # hard and soft are None where each patch is a region of its own, L = N.
 
 
-@torch.compiler.disable  # in bf16, a compiled backward pass rounds otherwise, and finds no region that has the maximum
-def max_over_regions(regions):
-    """[B, L, D] -> [B, D]. Where regions tie, as they often do in bf16, amax divides the gradient between them; max would
-    give it to the first, always the same one, and the others would learn no word."""
-    return regions.amax(dim=1)
-
-
-class Labeller(nn.Module):
-    """What train.py and evaluate.py ask of each model below, all of which stand on a CLIP.
-
-    encode_image(image) -> ImageEncoding; patch_tokens(image) -> [B, N, D], before anything brings them near the texts;
-    forward(image, text, reconstruct, and what draw_noise drew) -> what the losses need, the one entry that
-    DistributedDataParallel wraps.
-    """
+class OnCLIP(nn.Module):
+    """What train.py and evaluate.py ask of a model, all of which stand on a CLIP."""
 
     def __init__(self, clip):
         super().__init__()
@@ -473,12 +462,35 @@ class Labeller(nn.Module):
         """[B, T] token ids -> [B, E], CLIP's own."""
         return self.clip.encode_text(text)
 
+    def encode_image(self, image):
+        """[B, 3, H, W] -> ImageEncoding."""
+        raise NotImplementedError
+
+    def patch_tokens(self, image):
+        """[B, 3, H, W] -> [B, N, D], before anything brings them near the texts."""
+        raise NotImplementedError
+
     def draw_noise(self, batch, num_patches, generator=None):
         """All the randomness of one training step, as keyword arguments of forward; here a step has none."""
         return {}
 
+    def forward(self, image, text, reconstruct=True):
+        """-> what the losses need, as a dictionary. The one entry that DistributedDataParallel wraps."""
+        raise NotImplementedError
 
-class SegCLIP(Labeller):
+
+# ---------------------------------------------------------------------------------------------------------------------
+# SegCLIP
+
+
+@torch.compiler.disable  # in bf16, a compiled backward pass rounds otherwise, and finds no region that has the maximum
+def max_over_regions(regions):
+    """[B, L, D] -> [B, D]. Where regions tie, as they often do in bf16, amax divides the gradient between them; max would
+    give it to the first, always the same one, and the others would learn no word."""
+    return regions.amax(dim=1)
+
+
+class SegCLIP(OnCLIP):
     """CLIP with a semantic group module between two blocks of its image encoder (Luo et al., ICML 2023)."""
 
     def __init__(self, config):
@@ -540,8 +552,7 @@ class SegCLIP(Labeller):
         for block in self.reconstruction_blocks:
             z = block(z)
         z = torch.cat([z.mean(dim=1, keepdim=True), z], dim=1)  # MAE's class token, here the mean
-        grid = image.shape[-2] // self.config.patch_size, image.shape[-1] // self.config.patch_size
-        return self.decoder(z, restore, grid), (restore >= num_visible).float()
+        return self.decoder(z, restore, visual.grid(*image.shape[-2:])), (restore >= num_visible).float()
 
     def num_visible(self, num_patches):
         """How many of N patches the masked pass sees: 48 of 196. The authors count the class token, then drop it."""
@@ -569,7 +580,7 @@ class SegCLIP(Labeller):
         return outputs
 
 
-class DenseCLIP(Labeller):
+class DenseCLIP(OnCLIP):
     """The baseline: CLIP, trained with its class token, and each patch token read as a region of its own; see READOUTS."""
 
     def __init__(self, clip, readout="clip"):
@@ -578,14 +589,14 @@ class DenseCLIP(Labeller):
 
     def encode_image(self, image):
         """[B, 3, H, W] -> ImageEncoding: the class token's feature, and the patches'."""
-        return ImageEncoding(*self.clip.encode_densely(image, self.readout), None, None)
+        class_token, patches = self.clip.dense_tokens(image, self.readout)
+        return ImageEncoding(self.visual.project(class_token), self.visual.project(patches), None, None)
 
     def patch_tokens(self, image):
         """[B, 3, H, W] -> [B, N, D], as `readout` makes them."""
         return self.clip.dense_tokens(image, self.readout)[1]
 
     def forward(self, image, text, reconstruct=False):
-        """Without what the reconstruction and the superpixel loss need."""
         return {
             "image_features": self.clip.encode_image(image),
             "text_features": self.encode_text(text),
@@ -636,7 +647,7 @@ class PatchEmbedder(nn.Module):
         return self.linear_2(F.relu(self.linear_1(x))) + self.skip(x)
 
 
-class PACL(Labeller):
+class PACL(OnCLIP):
     """A frozen CLIP, and an embedder that is trained until its patches point where the words of their captions do.
 
     dino: a DINO, frozen too, whose patches are embedded in place of CLIP's.
@@ -668,10 +679,10 @@ class PACL(Labeller):
     def forward(self, image, text, reconstruct=False):
         """What pacl_loss needs. Only the embedder has gradients."""
         with torch.no_grad():
-            tokens, text_features = self.visual(image)[:, 1:], self.encode_text(text)
+            tokens, text_features = self.patch_tokens(image), self.encode_text(text)
         return {
             "patches": self.embedder(tokens),  # [B, N, E]
             "text_features": text_features,
             "logit_scale": self.clip.logit_scale,
-            "patch_temperature": self.config.patch_temperature,
+            "patch_scale": self.config.patch_scale,
         }

@@ -84,10 +84,10 @@ SMALL = Config(
     gumbel_tau=3.0,  # from scratch the scores are so far apart that 0.9 leaves the assignment hardly any gradient
     decoder_layers=1,
 )
-CLIP_OF_SCENES = "runs/clip/checkpoint.pt"  # where --method clip leaves it, and --method pacl looks for it
+CLIP_OF_SCENES = f"{evaluate.RUNS['clip']}/checkpoint.pt"  # where --method clip leaves it, and --method pacl looks for it
 _SMALL = {
     "data": ["synthetic"],
-    "output": "runs/synthetic",
+    "output": evaluate.RUNS["segclip"],
     "save_every": 200,
     "vocabulary": "learned",
     "steps": 1700,
@@ -96,7 +96,7 @@ _SMALL = {
     "warmup": 0.1,
     "crop_scale": 1.0,
 }
-_PAPER = {  # Section 3.2; the warm-up, the decay and what is frozen are the authors' code's, of which the paper is silent
+_PAPER = {  # Section 3.2; warm-up, decay, crop and what is frozen are the authors' code's, of which the paper is silent
     "output": "runs/paper",
     "save_every": 2000,
     "init": "ViT-B/16",
@@ -111,17 +111,22 @@ _PAPER = {  # Section 3.2; the warm-up, the decay and what is frozen are the aut
     "crop_scale": 0.5,
 }
 _CONTRASTIVE = {"clip_lr": None, "reconstruction_weight": 0.0, "superpixel_weight": 0.0}
-_PACL = _CONTRASTIVE | {"output": "runs/pacl", "freeze": False, "weight_decay": 0.2}
+_PACL = _CONTRASTIVE | {"freeze": False, "weight_decay": 0.2}
 RECIPES = {  # the defaults, by --recipe and --method
     "small": {
         "segclip": _SMALL,
-        "clip": _SMALL | _CONTRASTIVE | {"output": "runs/clip"},
-        "pacl": _SMALL | _PACL | {"init": CLIP_OF_SCENES, "nouns": "synthetic", "steps": 600, "lr": 3e-3},
+        "clip": _SMALL | _CONTRASTIVE | {"output": evaluate.RUNS["clip"]},
+        "pacl": _SMALL
+        | _PACL
+        | {"output": evaluate.RUNS["pacl"], "init": CLIP_OF_SCENES, "nouns": "synthetic", "steps": 600, "lr": 3e-3},
     },
     "paper": {
         "segclip": _PAPER,
-        "clip": _PAPER | _CONTRASTIVE | {"output": "runs/clip", "lr": _PAPER["clip_lr"]},  # all that it trains is CLIP's
-        "pacl": _PAPER | _PACL | {"lr": 5e-4, "batch_size": 4096, "warmup": 0.0},  # the slides'
+        "clip": _PAPER
+        | _CONTRASTIVE
+        | {"output": "runs/paper-clip", "lr": _PAPER["clip_lr"]},  # all that it trains is CLIP's
+        # As others quote the paper; the crop and the length of texts are SegCLIP's.
+        "pacl": _PAPER | _PACL | {"output": "runs/paper-pacl", "lr": 5e-4, "batch_size": 4096, "warmup": 0.0},
     },
 }
 SIZES = [field for field in dataclasses.fields(Config) if field.name != "vocab_size"]  # that one is the tokenizer's
@@ -167,7 +172,7 @@ def parse_args(argv=None):
     add("--evaluate", default="--dataset synthetic", metavar="FLAGS", help='of evaluate.py, for that ["%(default)s"]')
     add("--max-faults", type=float, default=0.01, metavar="SHARE",
         help="of the pairs that may be unusable before the run stops; more for data that you know to be dirty [%(default)s]")
-    machine = parser.add_argument_group("the machine; no number but by rounding depends on what follows")
+    machine = parser.add_argument_group("the machine; it changes numbers by rounding only (--device: and the noise)")
     add = machine.add_argument
     add("--device", help="cpu, cuda, cuda:1, ... [a GPU if there is one]")
     add("--precision", choices=("bf16", "fp16", "fp32"),
@@ -194,8 +199,9 @@ def parse_args(argv=None):
     add("--text-length", type=int, metavar="T",
         help="tokens of a caption; fewer are faster, and longer captions are cut [--context-length; paper: 32]")
     add("--nouns", metavar="FILE",
-        help="a noun in each line: the text of a pair is then the caption or, each as often, one of its nouns in one of OpenAI's "
-        '7 templates, as in PACL; "synthetic": the words of the scenes; "none": captions alone [none; pacl on the scenes: synthetic]')
+        help="a noun in each line: the text of a pair is then the caption or one of its nouns in one of OpenAI's 7 templates, as "
+        "in PACL; all as often, so that with two nouns one text in 15 is the caption. \"synthetic\": the words of the scenes; "
+        '"none": captions alone [none; pacl on the scenes: synthetic]')
     add("--steps", type=int, metavar="N",
         help="0 writes the untrained model, to compare with [small: 1700; with pacl 600]")
     add("--epochs", type=float, metavar="N", help="in place of --steps: how often each pair is seen [paper: 10]")
@@ -241,18 +247,17 @@ def recipe_defaults(argv):
         args = parser.parse_known_args(argv)[0]
     except argparse.ArgumentError:
         args = parser.parse_args([])
-    defaults, scratch = (
-        RECIPES[args.recipe],
-        {"init": None, "freeze": False, "clip_lr": None, "lr": RECIPES[args.recipe]["segclip"]["lr"]},
-    )
-    return defaults[args.method] | (scratch if args.from_scratch else {})
+    defaults = dict(RECIPES[args.recipe][args.method])
+    if args.from_scratch:
+        defaults |= {"init": None, "freeze": False, "clip_lr": None, "lr": RECIPES[args.recipe]["segclip"]["lr"]}
+    return defaults
 
 
 def check(args, world):
     """Raises InputError for flags that make no sense."""
-    limits = {"seed": 2**32 - 1, "warmup": 1.0, "lr": 1e3, "clip_lr": 1e3, "max_faults": 0.99}
+    limits = {"seed": 2**32 - 1, "warmup": 1.0, "epochs": 1e6, "lr": 1e3, "clip_lr": 1e3, "max_faults": 0.99}
     least = {"keep": 1, "log_every": 1, "accumulate": 1, "text_length": 2, "save_minutes": 1e-3, "batch_size": 1}
-    others = ("save_every", "eval_every", "workers", "steps", "epochs", "weight_decay")
+    others = ("save_every", "eval_every", "workers", "steps", "weight_decay")
     for name in (*others, "reconstruction_weight", "superpixel_weight", *limits, *least):
         value = getattr(args, name)
         if value is not None and not least.get(name, 0) <= value <= limits.get(name, math.inf):
@@ -268,10 +273,12 @@ def check(args, world):
         raise InputError(f"--recipe {args.recipe} needs --data")
     if args.nouns == "synthetic" and "synthetic" not in args.data:
         raise InputError("--nouns synthetic: the words of the scenes, which are not in --data; --nouns FILE, or none")
+    if args.init == CLIP_OF_SCENES and args.data != ["synthetic"]:
+        raise InputError(f"--method {args.method} on other data than the scenes needs --init, a CLIP that knows their words")
     if args.from_scratch and args.init:
         raise InputError("--from-scratch or --init, not both")
     of_segclip = (*ADDED, "clip_lr", "reconstruction_weight", "superpixel_weight")
-    of_pacl = ("patch_temperature", "image_encoder")
+    of_pacl = ("patch_scale", "image_encoder")
     unread = {"segclip": of_pacl, "clip": of_segclip + of_pacl, "pacl": (*of_segclip, "from_scratch", "freeze")}
     for name in unread[args.method]:
         if getattr(args, name):
@@ -304,27 +311,31 @@ def choose_tokenizer(args, sources):
 
 
 def choose_sizes(args):
-    """The fields of Config: the recipe's, and the flags that were given."""
+    """The recipe's Config, with the flags that were given. Raises InputError for sizes that do not fit together."""
     base = SMALL if args.recipe == "small" else Config()
-    given = {field.name: getattr(args, field.name) for field in SIZES}
-    return vars(base) | {name: value for name, value in given.items() if value is not None}
+    given = {field.name: getattr(args, field.name) for field in SIZES if getattr(args, field.name) is not None}
+    if args.method == "clip":  # there is no group module to come after some of the blocks
+        given["first_stage_layers"] = given.get("vision_layers", base.vision_layers)
+    try:
+        return dataclasses.replace(base, **given)
+    except ValueError as error:
+        raise InputError(str(error)) from None
 
 
 def build_model(args, vocab_size):
-    """--method's model, from --init or from scratch. Raises InputError for sizes that do not fit together, or the weights."""
-    sizes = choose_sizes(args) | {"vocab_size": vocab_size}
+    """--method's model, from --init or from scratch. Raises InputError for sizes that do not fit the weights."""
+    config = dataclasses.replace(choose_sizes(args), vocab_size=vocab_size)
     try:
         if args.method == "clip":
-            sizes["first_stage_layers"] = sizes["vision_layers"]  # there is no group module to come after some of them
-            model = DenseCLIP(load_clip(args.init) if args.init else CLIP(Config(**sizes)))
+            model = DenseCLIP(load_clip(args.init) if args.init else CLIP(config))
         elif args.method == "pacl":
             clip = load_clip(args.init)
-            clip.config = dataclasses.replace(clip.config, patch_temperature=sizes["patch_temperature"])
+            clip.config = dataclasses.replace(clip.config, patch_scale=config.patch_scale)
             model = PACL(clip, load_dino(args.image_encoder) if args.image_encoder else None)
         elif args.init is None:
-            model = SegCLIP(Config(**sizes))
+            model = SegCLIP(config)
         else:
-            model = load_segclip(args.init, **{name: sizes[name] for name in ADDED})
+            model = load_segclip(args.init, **{name: getattr(config, name) for name in ADDED})
     except ValueError as error:
         raise InputError(str(error)) from None
     for field in SIZES:
@@ -342,7 +353,7 @@ class Run:
     def __init__(self, args, device, rank, world):
         """Raises InputError. Of args, what only the data can tell is filled in: steps, where epochs were given."""
         self.args, self.flags, self.rank, self.path = args, dict(vars(args)), rank, Path(args.output) / "checkpoint.pt"
-        self.step, self.faults, self.last_save = 0, Counter(), time.time()
+        self.step, self.faults, self.saved, self.last_save = 0, Counter(), None, time.time()
         saved, self.resumed = last_checkpoint(self.path) if args.resume else (None, None)  # the second is its path
         torch.manual_seed(args.seed)
         self.tokenizer, self.model, self.sources = open_parts(args, saved, self.resumed, rank, world)
@@ -362,7 +373,7 @@ class Run:
                 raise InputError(f"{self.resumed}: {counts}")
             self.optimizer.load_state_dict(saved["optimizer"])
             self.scaler.load_state_dict(saved["scaler"])
-            self.step, self.faults = saved["step"], Counter(saved["faults"])
+            self.step, self.saved, self.faults = saved["step"], saved["step"], Counter(saved["faults"])
         if world > 1:
             ends = torch.tensor([self.step, -self.step], device=device)
             dist.all_reduce(ends, dist.ReduceOp.MAX)
@@ -371,16 +382,16 @@ class Run:
                 raise InputError(f"{folder}: not every process finds the same checkpoint there; it must be on a shared disk")
 
     def save(self):
-        self.last_save = time.time()
+        self.saved, self.last_save = self.step, time.time()
         if self.rank == 0:
             state = {"merges": self.tokenizer.merges, "step": self.step, "pairs": self.lengths, "faults": dict(self.faults)}
             state |= {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
             save_checkpoint(self.path, self.model, self.args.keep, **state, args=self.flags, git=git_revision())
 
-    def due(self):
-        """Whether it is time to save, by steps or by the clock."""
+    def save_is_due(self):
+        """By the number of steps, or by the clock."""
         every, late = self.args.save_every, time.time() - self.last_save > 60 * self.args.save_minutes
-        return self.step < self.args.steps and (late or every and self.step % every == 0)
+        return late or every and self.step % every == 0
 
 
 def open_parts(args, saved, saved_path, rank, world):
@@ -398,7 +409,7 @@ def open_parts(args, saved, saved_path, rank, world):
         tokenizer = choose_tokenizer(args, None)
         model = build_model(args, tokenizer.vocab_size)
         return tokenizer, model, open_data(model.config)  # crops are of the size that the weights are made for
-    sources = open_data(argparse.Namespace(**choose_sizes(args)))  # the vocabulary may be learned of them
+    sources = open_data(choose_sizes(args))  # the vocabulary may be learned of them
     tokenizer = choose_tokenizer(args, sources)
     return tokenizer, build_model(args, tokenizer.vocab_size), sources
 
@@ -441,7 +452,7 @@ def build_optimizer(model, args):
 
 
 def lr_factor(step, args):
-    """Linear warm-up from 0 to 1, then a cosine to 0 (Section 3.2)."""
+    """Linear warm-up to 1, then a cosine to 0 (Section 3.2)."""
     warmup = max(1, round(args.warmup * args.steps))
     if step < warmup:
         return (step + 1) / warmup
@@ -566,15 +577,15 @@ class Watch:
         if arrived:
             arrived.record()
 
-    def name_faults(self, met):
-        """Print the first faults of each kind that this process meets -> how many of each kind these are."""
+    def extra(self, stop_asked, met):
+        """What else is to be summed over the processes at this step, see `read`. The first faults of each kind are printed."""
         for kind, text in met:
             self.named[kind] += 1
             if self.named[kind] <= 3:
                 more = "; more of the kind are only counted" if self.named[kind] == 3 else ""
                 print(f"fault: {text}{more}", file=sys.stderr)
         kinds = [kind for kind, _ in met]
-        return [kinds.count(kind) for kind in Fault.KINDS]
+        return torch.tensor([stop_asked, *(kinds.count(kind) for kind in Fault.KINDS)], dtype=torch.float32)
 
     def read(self, parts, all_steps):
         """All steps' numbers, or all but the last's -> whether any process wants to stop: the same on all processes, since
@@ -628,23 +639,22 @@ class Watch:
         if sum(run.faults.values()) > limit * max(1000, run.step * self.args.batch_size):
             run.save()
             advice = f"more than --max-faults {limit}; mend the data or allow more, and --resume"
-            raise InputError(f"step {run.step}: {self.count_faults()}: {advice}")
+            raise InputError(f"step {run.step}: {self.faults_so_far()}: {advice}")
 
-    def count_faults(self):
+    def faults_so_far(self):
         counts = ", ".join(f"{count} x {kind}" for kind, count in self.run.faults.most_common())
         return f"of {self.run.step * self.args.batch_size} pairs, {counts}"
 
 
-def make_loader(run, args, rows, device):
+def make_loader(run, rows, nouns, device):
     """The batches of all steps that are left, of each these rows: picture, superpatch, text and the faults met.
 
     Step s takes the pairs at places s * batch_size and on, whatever ran before it and however many processes there are: with
     the noise of main, nothing else is random, and so a resumed run is the run that was not interrupted.
     """
-    sources, start, workers = run.sources, run.step, args.workers
+    args, sources, start, workers = run.args, run.sources, run.step, run.args.workers
     rule = args.superpatch if args.superpixel_weight else None
     pairs = torch.utils.data.ConcatDataset(sources)
-    nouns = choose_nouns(args)
     pairs = TrainingPairs(
         pairs, run.tokenizer, run.model.config, args.crop_scale, args.seed, args.text_length, rule, nouns, TEMPLATES[7]
     )
@@ -652,12 +662,9 @@ def make_loader(run, args, rows, device):
     whole_scenes = args.crop_scale == 1 and not nouns and all(isinstance(source, SyntheticScenes) for source in sources)
     total = sum(run.lengths)
     if whole_scenes and total < args.steps * args.batch_size and start < args.steps:
-        if rows.start == 0:
+        if run.rank == 0:
             print(f"preparing {total:,} scenes, before the first step", flush=True)
         pairs, workers = Prepared(pairs, total, workers), 0
-    alone = not dist.is_initialized()
-    if device.type == "cpu" and alone and workers:  # threads that fight the workers for cores cost a third
-        torch.set_num_threads(max(1, min(torch.get_num_threads(), (os.cpu_count() or 1) - workers)))
     return DataLoader(
         pairs,
         batch_sampler=Batches(run.lengths, args.seed, args.batch_size, rows, range(start, args.steps)),
@@ -678,11 +685,22 @@ def choose_nouns(args):
     return nouns
 
 
+def needs_clip_of_scenes(args):
+    """Whether --method pacl is to begin without --init. Raises InputError if it would fail after that CLIP was trained."""
+    if args.init != CLIP_OF_SCENES or args.resume and any(Path(args.output).glob("checkpoint*.pt")):
+        return False
+    if args.image_encoder:
+        load_dino(args.image_encoder)
+    return True
+
+
 def train_clip_of_scenes(args, world):
-    """What --method pacl needs if no --init is given, unless it is there -> whether it is now."""
+    """The CLIP that --method pacl takes on the scenes, unless it is there -> whether it is now. Raises InputError."""
     if Path(CLIP_OF_SCENES).exists():
         state = read_weights(CLIP_OF_SCENES)
-        if state["step"] == state["args"]["steps"]:
+        if state["args"]["data"] != ["synthetic"]:
+            raise InputError(f"{CLIP_OF_SCENES}: not a CLIP of the scenes; move it away, or name it with --init")
+        if state["args"]["epochs"] or state["step"] == state["args"]["steps"]:
             return True
     if world > 1:
         raise InputError(f"{CLIP_OF_SCENES}: not there, or not finished; make it with `python train.py --method clip`")
@@ -696,13 +714,14 @@ def main(argv=None):
     """-> whether all steps are done. Raises InputError."""
     args, world = parse_args(argv), int(os.environ.get("WORLD_SIZE", 1))
     check(args, world)
-    if args.method == "pacl" and args.init == CLIP_OF_SCENES and not train_clip_of_scenes(args, world):
+    nouns = choose_nouns(args)
+    if needs_clip_of_scenes(args) and not train_clip_of_scenes(args, world):
         return False
     rank, world, device = start_processes(args.device)  # each works on its rows of every batch
     if args.precision is None:
         known = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
         args.precision = "bf16" if known else "fp16"
-    if device.type == "cuda":
+    if device.type == "cuda" and args.precision != "fp32":
         torch.set_float32_matmul_precision("high")  # TF32 for what is not in half precision
 
     run = Run(args, device, rank, world)
@@ -719,15 +738,17 @@ def main(argv=None):
     log = None
     if rank == 0:
         log = open_log(run.path.parent, start if run.resumed else None)
-        introduce(run, args, world, device)
-    loader, watch = make_loader(run, args, rows, device), Watch(run, log)
+        introduce(run, world, device)
+    loader, watch = make_loader(run, rows, nouns, device), Watch(run, log)
+    if device.type == "cpu" and world == 1 and loader.num_workers:  # threads that fight the workers for cores cost a third
+        torch.set_num_threads(max(1, min(torch.get_num_threads(), (os.cpu_count() or 1) - loader.num_workers)))
     model.train()
     with Interruption() as interruption:
         for picture, superpatch, text, met in raised(loader):
             factor = lr_factor(run.step, args)
             for group in run.optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * factor
-            extra = torch.tensor([interruption.asked, *watch.name_faults(met)], dtype=torch.float32)
+            extra = watch.extra(interruption.asked, met)
             picture, superpatch, text, extra = (x.to(device, non_blocking=True) for x in (picture, superpatch, text, extra))
             generator.manual_seed(args.seed * 1_000_003 + run.step)
             noise = model.draw_noise(args.batch_size, num_patches, generator)
@@ -738,25 +759,25 @@ def main(argv=None):
 
             run.step += 1
             last = run.step == args.steps
-            due = run.step % args.log_every == 0 or run.step == start + 1 or last
+            log_now = run.step % args.log_every == 0 or run.step == start + 1 or last
             look = args.eval_every and (run.step % args.eval_every == 0 or last)
-            stop = watch.read(parts, all_steps=due or device.type == "cpu")
-            if due and rank == 0:
+            stop = watch.read(parts, all_steps=log_now or device.type == "cpu")
+            if log_now and rank == 0:
                 watch.write(parts, args.lr * factor, model.clip.logit_scale.exp().item())
             watch.check_faults()
             if stop:
                 break
-            if run.due() or look and not last:
+            if run.save_is_due() or look:
                 run.save()
             if look:
                 paused = time.time()
                 evaluate_model(eval_args, model, run.tokenizer, rank, world, run.step)
                 watch.since += time.time() - paused
-        if not run.resumed or run.step > start:
+        if run.saved != run.step:
             run.save()
     if rank == 0:
         if run.faults:
-            print(watch.count_faults())
+            print(watch.faults_so_far())
         stopped = f"; stopped at step {run.step} of {args.steps}: --resume goes on" if run.step < args.steps else ""
         idle = run.resumed and run.step == start
         print(f"{run.path}: all {start} steps are done already" if idle and not stopped else f"wrote {run.path}{stopped}")
@@ -799,8 +820,9 @@ def open_log(output, resumed_step):
     return open(path, "a")
 
 
-def introduce(run, args, world, device):
+def introduce(run, world, device):
     """Print what is going to be trained, and how."""
+    args = run.args
     trained = sum(p.numel() for group in run.optimizer.param_groups for p in group["params"])
     total = sum(p.numel() for p in run.model.parameters())
     for group in run.optimizer.param_groups:

@@ -35,7 +35,7 @@ import model as model_py
 import train
 from clip_loader import Tokenizer
 from data import Batches, SegmentationFolder, TrainingPairs, collate
-from evaluate import Seen, Segmenter, Settings
+from evaluate import ResizedPictures, Segmenter, Settings
 from losses import pacl_loss
 from model import Config, SegCLIP
 
@@ -96,7 +96,7 @@ def evaluate(args):
         "(b) ours, fp32": Segmenter(model, text, owner, settings),
         "(c) ours, bf16": Segmenter(model, text, owner, settings, bf16=True),
     }
-    pictures = [Seen(dataset, settings)[i] for i in range(len(dataset))]
+    pictures = [ResizedPictures(dataset, settings)[i] for i in range(len(dataset))]
     times, labels, encoding = {way: [] for way in ways}, {}, {way: [] for way in ways}
     for way, segmenter in ways.items():  # how much of the time is the encoder's
         segmenter.encode = timed(segmenter.encode, encoding[way])

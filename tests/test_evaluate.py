@@ -42,7 +42,7 @@ from evaluate import (
     with_legend,
     word_colours,
 )
-from model import CLIP, DINO, PACL, DenseCLIP, ImageEncoding, Labeller, SegCLIP
+from model import CLIP, DINO, PACL, DenseCLIP, ImageEncoding, OnCLIP, SegCLIP
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Windows
@@ -194,7 +194,7 @@ def test_background_by_entropy_in_both_protocols(protocol):
     assert list(found.values()) == [[[0], [0]], [[1], [0]], [[1], [2]]]
 
 
-class Stripes(Labeller):
+class Stripes(OnCLIP):
     """Stands in for a SegCLIP: bright patches go to the first center and are the first word, dark ones to the second."""
 
     config = dataclasses.replace(TINY, image_size=16, patch_size=4, num_centers=2)
@@ -478,7 +478,7 @@ def test_analysis_of_a_checkpoint(checkpoint, tmp_path, capsys):
     analysis = list(metrics.pop("analysis").values())
     assert metrics == plain
     assert 0.5 < analysis[0] <= 1 and metrics["mIoU"] < analysis[1] and analysis[7] < 0.2
-    assert "the ceiling" in capsys.readouterr().out
+    assert "what patches allow" in capsys.readouterr().out
     run("--checkpoint", checkpoint, "--limit", 5, "--output", tmp_path / "unseen", "--dataset", "synthetic-unseen")
     assert json.loads((tmp_path / "unseen/metrics.json").read_text())["pictures"] == 5
 
@@ -589,7 +589,7 @@ def test_classification_by_hand(kind, of_kind, animals, tmp_path, capsys):
     for output, classes in (("o", plain), ("o2", synonyms)):
         metrics, features = json.loads((tmp_path / output / "metrics.json").read_text()), {}
         for word in sum(classes, []):
-            texts = tokenizer([f"{template.format(word)}." for template in evaluate.TEMPLATES[7]], 12)
+            texts = tokenizer([template.format(word) for template in evaluate.TEMPLATES[7]], 12)
             feature = torch.nn.functional.normalize(model.encode_text(texts), dim=-1).mean(dim=0)
             features[word] = feature / feature.norm()
         first, five, pictures = ({name: 0 for name in folders} for _ in range(3))
@@ -622,13 +622,16 @@ def test_two_processes_classify_as_one(of_kind, animals, tmp_path):
     assert run_as_one_and_as_two(arguments, tmp_path).stdout.count("top-1") == 1
 
 
-def test_classification_of_what_cannot_be(checkpoint, animals, tmp_path):
+def test_classification_of_what_cannot_be(checkpoint, animals, tmp_path, capsys):
     good = ("--classify", animals, "--checkpoint", checkpoint, "--output", tmp_path / "o", "--workers", 0)
     run(*good, "--limit", 5, "--templates", 1, "--stride-trick", 4)
     metrics = json.loads((tmp_path / "o/metrics.json").read_text())
     assert metrics["pictures"] == 5 and metrics["accuracy"]["sheep"] is None
     assert (metrics["templates"], metrics["stride_trick"]) == (1, 4)
-    for flags in (("--window", 32), ("--images", tmp_path), ("--analyse",), ("--coherence",), ("--protocol", "dense")):
+    with pytest.raises(SystemExit):
+        run(*good, "--images", tmp_path)
+    assert "--images: not allowed with argument --classify" in capsys.readouterr().err
+    for flags in (("--window", 32), ("--analyse",), ("--coherence",), ("--protocol", "dense")):
         assert f"{flags[0]}" in fails(*good, *flags) and "--classify" in fails(*good, *flags)
     assert "no such folder" in fails(*good, "--classify", tmp_path / "none")
     assert "no folder in it" in fails(*good, "--classify", animals / "cat/deep")
@@ -663,10 +666,11 @@ def test_comparison(checkpoint, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     model, merges = load_segclip(checkpoint), load_tokenizer(checkpoint).merges
     save_checkpoint(tmp_path / "runs/clip/checkpoint.pt", DenseCLIP(model.clip), merges=merges)
-    with pytest.raises(InputError, match="python train.py --method pacl"):
-        run("--compare", "--limit", 5, "--workers", 0)
-    save_checkpoint(tmp_path / "runs/pacl/checkpoint.pt", PACL(model.clip), merges=merges)
     save_checkpoint(tmp_path / "runs/synthetic/checkpoint.pt", model, merges=merges)
+    assert "python train.py --method pacl" in fails("--compare", "--limit", 5, "--workers", 0)
+    assert not capsys.readouterr().out  # said before anything is scored
+    assert "--compare is for --dataset" in fails("--compare", "--images", tmp_path, "--words", "cat")
+    save_checkpoint(tmp_path / "runs/pacl/checkpoint.pt", PACL(model.clip), merges=merges)
     capsys.readouterr()
     run("--compare", "--limit", 5, "--workers", 0)
     head, rule, *rows = capsys.readouterr().out.splitlines()
@@ -1116,12 +1120,14 @@ def fails(*arguments):
     return str(error.value)
 
 
-def test_bad_input(voc, checkpoint, tmp_path, monkeypatch):
+def test_bad_input(voc, checkpoint, tmp_path, monkeypatch, capsys):
     good = ("--dataset", "pascal_voc", "--data-root", voc, "--checkpoint", checkpoint, "--output", tmp_path / "out")
     monkeypatch.chdir(tmp_path)
     assert "python train.py" in fails()
     assert "nothing.pt" in fails(*good, "--checkpoint", "nothing.pt")
-    message = fails(*good, "--dataset", "imagenet")
+    with pytest.raises(SystemExit):
+        run(*good, "--dataset", "imagenet")
+    message = capsys.readouterr().err.splitlines()[-1]
     assert "imagenet" in message and "pascal_voc" in message and "synthetic" in message
     assert "--data-root" in fails("--dataset", "pascal_voc", "--checkpoint", checkpoint)
     assert str(tmp_path / "elsewhere/JPEGImages") in fails(*good, "--data-root", tmp_path / "elsewhere")
@@ -1163,6 +1169,16 @@ def test_a_checkpoint_without_its_vocabulary(tmp_path, monkeypatch, voc, checkpo
     assert str(tmp_path / "none.gz") in fails(*arguments, tmp_path / "none.gz")
     save_checkpoint(tmp_path / "a.pt", SegCLIP(TINY), merges=["a b"])  # 515 tokens and not 600
     assert "600" in fails(*arguments, tmp_path / "none.gz")
+
+
+def test_a_mistake_in_the_code_ends_the_program(checkpoint, tmp_path):
+    """In a worker, whose message must come through, and which must not be waited for."""
+    mistake = "import sys, evaluate; evaluate.SyntheticScenes.__getitem__ = lambda *_: 1 / 0; sys.argv = sys.argv[1:]"
+    program = f"{mistake}; evaluate.run_program(evaluate.main, '')"
+    flags = ["--checkpoint", str(checkpoint), "--output", str(tmp_path), "--workers", "2"]
+    command = [sys.executable, "-c", program, "evaluate.py", *flags]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=Path(evaluate.__file__).parent)
+    assert done.returncode == 1 and "ZeroDivisionError" in done.stderr
 
 
 @pytest.mark.parametrize("program", ["train.py", "evaluate.py"])

@@ -278,7 +278,7 @@ def test_the_authors_checkpoint_with_and_without_decoder(tmp_path, capsys):
     path = tmp_path / "segclip.bin"
     torch.save(weights, path)
     model = load_segclip(path)
-    expected = recipe["config"] | {"patch_temperature": 10}
+    expected = recipe["config"] | {"patch_scale": 10}
     assert dataclasses.asdict(model.config) == expected
     assert capsys.readouterr().err == ""
     torch.save({name: tensor for name, tensor in weights.items() if not name.startswith("vis_mae")}, path)

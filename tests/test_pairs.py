@@ -133,7 +133,7 @@ def test_a_pair_is_the_same_whoever_asks():
 
 def test_texts_of_a_caption_and_its_nouns():
     """The caption and, of each noun in it, each template: all as often. A noun is a whole word, the longest one there."""
-    pairs = training(SyntheticScenes(64), nouns=["Snow", "polar bear", "bear", "man"], templates=["a {}", "the {}"])
+    pairs = training(SyntheticScenes(64), nouns=["Snow", "polar bear", "bear", "man"], templates=["a {}.", "the {}."])
     rng, caption = np.random.RandomState(0), "A polar bear, a snowman, SNOW and snow."
     counts = Counter(pairs.text(caption, rng) for _ in range(2000))
     assert counts.keys() == {caption, "a polar bear.", "the polar bear.", "a snow.", "the snow."}

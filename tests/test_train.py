@@ -462,7 +462,7 @@ def test_losses_that_are_left_out(tmp_path):
         ("--accumulate 3", "3 chunks"),
         ("--epochs 1", "--steps or --epochs"),
         ("--method clip", "--method clip has no --first-stage-layers"),
-        ("--patch-temperature 3", "--method segclip has no --patch-temperature"),
+        ("--patch-scale 3", "--method segclip has no --patch-scale"),
         ("--data nowhere.tar", "nowhere.tar"),
         ("--nouns nowhere.txt", "nowhere.txt"),
         ("--nouns /dev/null", "/dev/null: no noun"),
@@ -590,7 +590,7 @@ def test_the_papers_values():
     expected |= dict(crop_scale=0.5, superpixel_weight=1, reconstruction_weight=1, superpatch="floor", vocabulary="openai")
     assert {name: getattr(args, name) for name in expected} == expected
     sizes = train.choose_sizes(args)
-    assert [sizes[name] for name in train.ADDED] == [10, 8, 2, 0.9, 0.75, 3]
+    assert [getattr(sizes, name) for name in train.ADDED] == [10, 8, 2, 0.9, 0.75, 3]
     args = train.parse_args("--recipe paper --from-scratch --lr 1e-3 --steps 5".split())
     assert (args.init, args.freeze, args.clip_lr, args.lr, args.steps, args.epochs) == (None, False, None, 1e-3, 5, None)
 
