@@ -36,15 +36,15 @@ def contrastive_loss(image_features, text_features, logit_scale):
     all_p, all_w, first = z_p, z_w, 0
     if dist.is_initialized() and dist.get_world_size() > 1:
         all_p, all_w, first = GatherRows.apply(z_p), GatherRows.apply(z_w), dist.get_rank() * len(z_p)
-    return symmetric_cross_entropy(z_p @ all_w.T, z_w @ all_p.T, logit_scale, first)
-
-
-def symmetric_cross_entropy(image_to_text, text_to_image, logit_scale, first):
-    """How near each image is to all texts [b, B], and each text to all images [b, B], where row i's own is column first + i."""
     scale = logit_scale.exp().clamp(max=100)
+    return symmetric_cross_entropy(scale * z_p @ all_w.T, scale * z_w @ all_p.T, first)
+
+
+def symmetric_cross_entropy(image_to_text, text_to_image, first):
+    """Logits of each image against all texts [b, B], and of each text against all images; row i's own is column first + i."""
     own = torch.arange(first, first + len(image_to_text), device=image_to_text.device)
-    i2t = F.cross_entropy(scale * image_to_text, own)  # the sum in Eq. 9, which the paper calls t2i
-    t2i = F.cross_entropy(scale * text_to_image, own)  # Eq. 10, likewise
+    i2t = F.cross_entropy(image_to_text, own)  # the sum in Eq. 9, which the paper calls t2i
+    t2i = F.cross_entropy(text_to_image, own)  # Eq. 10, likewise
     return (i2t + t2i) / 2  # Eq. 8
 
 
@@ -108,7 +108,8 @@ def pacl_loss(patches, text_features, logit_scale, patch_scale):
         text, first = GatherRows.apply(text), dist.get_rank() * len(patches)
     ours = compatibility(patches, text, patch_scale)  # [b, B]
     everyones = GatherRows.apply(ours) if gathered else ours  # [B, B]
-    return symmetric_cross_entropy(ours, everyones.T[first : first + len(patches)], logit_scale, first)
+    scale = logit_scale.exp().clamp(max=100)
+    return symmetric_cross_entropy(scale * ours, scale * everyones.T[first : first + len(patches)], first)
 
 
 def superpixel_kl_loss(assign, superpatch):

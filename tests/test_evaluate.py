@@ -996,6 +996,9 @@ def test_own_pictures_with_and_without_labels(checkpoint, tmp_path):
     Image.new("RGB", (55, 44)).save(tmp_path / "pictures/two.png")
     run(*arguments, "--output", tmp_path / "out")
     assert Image.open(tmp_path / "out/predictions/two.png").size == (55, 44)
+    for _ in range(2):  # the result is not labelled in its turn
+        run(*arguments, "--output", tmp_path / "pictures/out")
+    assert len(list((tmp_path / "pictures/out/predictions").rglob("*.png"))) == 9
 
 
 def test_names_of_classes_that_cannot_be(checkpoint, tmp_path):
@@ -1087,6 +1090,9 @@ def test_an_interrupted_run_is_taken_up(voc, checkpoint, tmp_path, capsys):
     run(*arguments)
     assert f"{len(ODD_PICTURES) - 7} pictures of an earlier run" in capsys.readouterr().err
     assert (tmp_path / "out/metrics.json").read_text() == first
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "code_hash", lambda: "a student's")  # other code: all is done anew
+        run(*arguments, "--limit", 8)
     run(*arguments, "--background-threshold", "0.1", "--limit", "1")
     run(*arguments, "--background-threshold", "0.1")  # other settings: all is done anew
     assert "earlier run" not in capsys.readouterr().err

@@ -209,6 +209,9 @@ def test_a_new_run_loses_no_earlier_one(tmp_path):
     run(tmp_path / "run", "--steps", "1")
     assert_equal(first["model"], read_weights(tmp_path / "run.1/checkpoint.pt")["model"])
     assert len(log_of(tmp_path / "run.1")) == 2 and len(log_of(tmp_path / "run")) == 1
+    with pytest.raises(InputError):  # said before anything is moved
+        run(tmp_path / "run", "--nouns", str(tmp_path / "nowhere.txt"))
+    assert (tmp_path / "run/checkpoint.pt").exists() and not (tmp_path / "run.2").exists()
 
 
 def test_a_run_goes_on_with_the_same_data_only(tmp_path, shards):
@@ -652,6 +655,7 @@ def test_pacl_trains_the_embedder_of_a_frozen_clip(tmp_path, monkeypatch, capsys
     assert moved == {"embedder"}
     assert_equal(clip["model"], {name: values for name, values in end["model"].items() if name.startswith("clip.")})
     os.replace("runs/pacl/checkpoint.1.pt", "runs/pacl/checkpoint.pt")
+    os.rename("runs/clip", "elsewhere")  # PACL's checkpoint has its CLIP
     assert train.main("--method pacl --steps 6 --batch-size 8 --workers 0 --save-every 3 --resume".split())
     assert "comes first" not in capsys.readouterr().out
     assert_equal(read_weights("runs/pacl/checkpoint.pt")["model"], end["model"])
@@ -723,6 +727,19 @@ def test_the_best_model_is_kept(tmp_path, monkeypatch):
     load_segclip(tmp_path / "run/best.pt")
     plain = run(tmp_path / "plain", "--steps", "8")
     assert_equal(plain["model"], end["model"])  # looking changes nothing
+    with pytest.raises(StopIteration):  # there is no fifth score: an evaluation that fails loses nothing of the training
+        run(
+            tmp_path / "failed",
+            "--steps",
+            "2",
+            "--eval-every",
+            "2",
+            "--evaluate",
+            "--limit 3 --workers 0",
+            "--save-every",
+            "0",
+        )
+    assert read_weights(tmp_path / "failed/checkpoint.pt")["step"] == 2
 
 
 # ---------------------------------------------------------------------------------------------------------------------
