@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import pickle
 import shutil
+import signal
 import subprocess
 import sys
 import traceback
@@ -689,6 +690,7 @@ def run_program(main, if_interrupted):
             raise
         complaint = traceback.format_exc().rstrip()
     finally:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or torch would complain of their end
         for worker in multiprocessing.active_children():  # of a DataLoader that an error has left; see data.ignore_signals
             worker.kill()
     if not dist.is_initialized():

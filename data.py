@@ -272,6 +272,8 @@ def read_lines(path):
     """The lines of a text file that are not empty, without the space around them. Raises InputError."""
     try:
         return [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not a list of names ({error})") from None
 
@@ -283,7 +285,7 @@ def read_picture(path):
     except FileNotFoundError:
         raise InputError(f"{path}: no such picture") from None
     except UNREADABLE as error:
-        raise InputError(f"{path}: not a picture that can be read ({error})") from None
+        raise InputError(f"{path}: not a picture that can be read ({first_line(error)}); mend it or take it away") from None
 
 
 def read_label(path, picture, table):

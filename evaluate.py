@@ -55,7 +55,7 @@ from data import (
     resize_bilinear,
 )
 from losses import compatibility
-from model import PACL, READOUTS
+from model import PACL, READOUTS, Config
 
 OWN = "the protocol's own"  # --background without a threshold
 SCENES = {"synthetic": "val", "synthetic-unseen": "unseen"}  # data sets that are drawn, and their split
@@ -865,7 +865,7 @@ def parse_args(argv=None):
         formatter_class=ManualPage,
     )
     # fmt: off
-    what = parser.add_argument_group("what to label, one of the first four, or --compare")
+    what = parser.add_argument_group("what to label: --dataset, --images, --image or --classify")
     add = what.add_mutually_exclusive_group().add_argument
     add("--dataset", default="synthetic", metavar="NAME", choices=[*SCENES, *sorted(BENCHMARKS)],
         help="a benchmark: %(choices)s [%(default)s]")
@@ -911,7 +911,7 @@ def parse_args(argv=None):
     add("--refine", choices=("pamr",),
         help="move the borders to those of the colours, by pixel-adaptive refinement [no]")
     add("--top-k", type=int, metavar="K",
-        help="words that a window's regions can be; more for crowded pictures [segclip: 5]")
+        help="how many different words the regions of a window may get; more for crowded pictures [segclip: 5]")
     add("--background", "--background-threshold", dest="background_threshold", nargs="?", const=OWN, metavar="T",
         help="pixels can be none of the words: where none reaches T, between 0 and 1 [the data set's; dense: 0.1; else 0.75]")
     add("--background-entropy", type=float, metavar="T",
@@ -922,7 +922,8 @@ def parse_args(argv=None):
     add("--analyse", action="store_true", help="say why the score is what it is, part by part of the model")
     add("--coherence", action="store_true",
         help="does the cosine of two patch tokens tell whether they are of one class? draws roc.png")
-    add("--heat", action="store_true", help="with --image: a heat map for each word, too")
+    add("--heat", action="store_true",
+        help="with --image: a heat map for each word, too, from its own lowest score to its own highest")
     # fmt: on
     return parser.parse_args(argv)
 
@@ -950,6 +951,8 @@ def open_dataset(args, size):
     if args.image or args.images:
         if not args.words and not args.classes:
             raise InputError('--image and --images need words: --words "cat, grass, sky" or --classes FILE')
+        if args.words and (args.words.endswith(".txt") or os.path.isfile(args.words)):
+            raise InputError(f"--words {args.words}: takes the words themselves; for a file of them, --classes")
         words = listed(args.words) if args.words else [names[0] for names in read_classes(args.classes)]
         has_background = args.background_threshold is not None or args.background_entropy is not None
         check_words(words, has_background, args.classes or "--words")
@@ -1082,6 +1085,8 @@ def evaluate(args, model, tokenizer, rank, world, origin):
         "precision": args.precision,
         **vars(settings),
     }
+    if rank == 0 and kind in ("image", "images", "classify"):
+        tell_unknown_words(tokenizer, settings)
     text, owner = class_features(model, tokenizer, settings)
     segmenter = Segmenter(model, text, owner, settings, args.batch_size, args.precision == "bf16")
     words = ["background", *dataset.words] if settings.has_background() else dataset.words
@@ -1099,6 +1104,18 @@ def evaluate(args, model, tokenizer, rank, world, origin):
         print(f"{args.labels_dir}: no label map has the name of a picture", file=sys.stderr)
     print(f"wrote {', '.join(written)}", file=sys.stderr)
     return metrics
+
+
+def tell_unknown_words(tokenizer, settings):
+    """A vocabulary that was learned of some captions has a token for each word that was frequent in them."""
+    words = [word for words in settings.classes for word in words]
+    rare = [word for word in words if any(len(tokenizer.pieces(part)) > 1 for part in tokenizer.words(word))]
+    if rare and tokenizer.vocab_size < Config.vocab_size:
+        print(
+            f"{', '.join(rare)}: rare or unknown in the captions that this model was trained on; what it says of that is "
+            "worth little",
+            file=sys.stderr,
+        )
 
 
 class Task(NamedTuple):

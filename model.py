@@ -43,9 +43,7 @@ class Config:
     mask_ratio: float = 0.75  # share of the patches that the reconstruction hides
     decoder_layers: int = 3  # blocks of the MAE decoder
     # What PACL adds:
-    patch_scale: float = (
-        10.0  # multiplies the cosines before the softmax over patches: the higher, the more the nearest count
-    )
+    patch_scale: float = 10.0  # multiplies the cosines before the softmax over the patches: the higher, the fewer count
 
     def __post_init__(self):
         for name, value in vars(self).items():

@@ -203,7 +203,7 @@ def parse_args(argv=None):
         "in PACL; all as often, so that with two nouns one text in 15 is the caption. \"synthetic\": the words of the scenes; "
         '"none": captions alone [none; pacl on the scenes: synthetic]')
     add("--steps", type=int, metavar="N",
-        help="0 writes the untrained model, to compare with [small: 1700; with pacl 600]")
+        help="length of the run; 300 for a first look; 0 writes the untrained model, to compare with [small: 1700; with pacl 600]")
     add("--epochs", type=float, metavar="N", help="in place of --steps: how often each pair is seen [paper: 10]")
     add("--batch-size", type=int, metavar="B", help="pairs in a step, over all processes together [%(default)s]")
     add("--lr", type=float, metavar="LR", help="learning rate at its peak; less if the loss jumps [%(default)s]")
@@ -271,10 +271,11 @@ def check(args, world):
         raise InputError("--steps or --epochs, not both")
     if args.data is None:
         raise InputError(f"--recipe {args.recipe} needs --data")
+    if args.init == CLIP_OF_SCENES and args.data != ["synthetic"]:
+        advice = "a CLIP that knows their words, for example of train.py --method clip --data ..."
+        raise InputError(f"--method {args.method} on other data than the scenes needs --init, {advice}")
     if args.nouns == "synthetic" and "synthetic" not in args.data:
         raise InputError("--nouns synthetic: the words of the scenes, which are not in --data; --nouns FILE, or none")
-    if args.init == CLIP_OF_SCENES and args.data != ["synthetic"]:
-        raise InputError(f"--method {args.method} on other data than the scenes needs --init, a CLIP that knows their words")
     if args.from_scratch and args.init:
         raise InputError("--from-scratch or --init, not both")
     of_segclip = (*ADDED, "clip_lr", "reconstruction_weight", "superpixel_weight")
@@ -294,7 +295,8 @@ def check_resumed(state, args, path):
     for name, value in vars(args).items():
         if name not in FREE and state["args"].get(name) != value:
             flag = "--" + name.replace("_", "-")
-            raise InputError(f"{path}: its run had {flag} {state['args'].get(name)}, not {value}; use the same flags")
+            had, now = ("its default" if x is None else x for x in (state["args"].get(name), value))
+            raise InputError(f"{path}: its run had {flag} {had}, not {now}; use the same flags")
 
 
 def choose_tokenizer(args, sources):
@@ -830,7 +832,7 @@ def introduce(run, world, device):
         print(f"{count:8.2f} M parameters  lr {group['peak_lr']:.1e}  weight decay {group['weight_decay']}")
     print(f"{(total - trained) / 1e6:8.2f} M parameters  frozen")
     print(
-        f"{sum(run.lengths):,} pairs, {args.steps} steps of {args.batch_size}; {run.tokenizer.vocab_size} tokens; "
+        f"{sum(run.lengths):,} pairs, {args.steps} steps of {args.batch_size}; a vocabulary of {run.tokenizer.vocab_size} tokens; "
         f"{world} x {device.type}, {args.precision}",
         flush=True,
     )

@@ -1001,6 +1001,19 @@ def test_own_pictures_with_and_without_labels(checkpoint, tmp_path):
     assert len(list((tmp_path / "pictures/out/predictions").rglob("*.png"))) == 9
 
 
+def test_words_that_the_model_was_never_shown(tmp_path, capsys):
+    tokenizer = Tokenizer.learn(["grass and snow"] * 9, 50)
+    model = DenseCLIP(CLIP(dataclasses.replace(TINY, vocab_size=tokenizer.vocab_size)))
+    save_checkpoint(tmp_path / "checkpoint.pt", model, merges=tokenizer.merges)
+    Image.new("RGB", (40, 30), "green").save(tmp_path / "photo.png")
+    flags = ("--image", tmp_path / "photo.png", "--checkpoint", tmp_path / "checkpoint.pt", "--output", tmp_path / "out")
+    run(*flags, "--words", "grass, snow, polar bear")
+    assert "polar bear: rare or unknown" in capsys.readouterr().err
+    run(*flags, "--words", "grass, snow")
+    assert "unknown" not in capsys.readouterr().err
+    assert "--classes" in fails(*flags, "--words", "words.txt")
+
+
 def test_names_of_classes_that_cannot_be(checkpoint, tmp_path):
     Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
     common = ("--images", tmp_path, "--checkpoint", checkpoint, "--output", tmp_path / "o")

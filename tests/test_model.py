@@ -11,11 +11,19 @@ from clip_loader import load_dino
 from conftest import TINY, assert_close
 from data import normalise
 from losses import total_loss
-from model import CLIP, PACL, READOUTS, Config, DenseCLIP, SegCLIP, assign_patches, sincos_positions
+from model import CLIP, PACL, READOUTS, Config, DenseCLIP, SegCLIP, assign_patches, max_over_regions, sincos_positions
 
 
 def one(noise, i):
     return {name: values[i : i + 1] for name, values in noise.items()}
+
+
+def test_the_image_feature_is_the_maximum_over_the_regions():
+    regions = torch.tensor([[[1.0, 5.0], [3.0, 5.0], [2.0, -1.0]]], requires_grad=True)
+    feature = max_over_regions(regions)
+    assert feature.tolist() == [[3.0, 5.0]]
+    feature.sum().backward()
+    assert regions.grad.tolist() == [[[0, 0.5], [1, 0.5], [0, 0]]]  # those that tie share the gradient
 
 
 def test_a_row_of_a_batch_equals_the_picture_alone_in_training(tiny, batch):
