@@ -1,6 +1,6 @@
-"""What goes in: image-text pairs with superpixels for training, pictures with label maps for evaluation.
+"""What goes in: image-text pairs with superpixels for training, pictures with labels for evaluation.
 
-python data.py superpixels --data "cc3m/{00000..00331}.tar"      computes their superpixels once; training then finds them
+python data.py superpixels --data "cc3m/{00000..00331}.tar"      once; training then finds them
 """
 
 import argparse
@@ -31,7 +31,7 @@ from PIL import Image, ImageOps
 from skimage.segmentation import felzenszwalb
 from torch.utils.data import DataLoader
 
-from clip_loader import InputError, cache_dir, first_line, make_folder, run_program
+from clip_loader import InputError, ManualPage, cache_dir, first_line, make_folder, run_program
 from model import IMAGE_MEAN, IMAGE_STD
 
 
@@ -1168,12 +1168,18 @@ class SuperpixelJobs(torch.utils.data.Dataset):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Compute the superpixels of training pictures once. [x] is the default.")
-    parser.add_argument("what", choices=["superpixels"])
-    parser.add_argument("--data", nargs="+", required=True, help="as for train.py")
-    parser.add_argument("--image-size", type=int, default=224, help="of the model that they are for [%(default)s]")
-    parser.add_argument("--patch-size", type=int, default=16, help="of the model that they are for [%(default)s]")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that compute [%(default)s]")
+    parser = argparse.ArgumentParser(
+        usage="python data.py superpixels --data PAIRS [PAIRS ...] [flags]",
+        description=__doc__,
+        epilog="[x] is the default.",
+        formatter_class=ManualPage,
+    )
+    add = parser.add_argument
+    add("what", choices=["superpixels"], help="what is computed once, beside the data; stopped, it goes on where it was")
+    add("--data", nargs="+", required=True, metavar="PAIRS", help="as for train.py")
+    add("--image-size", type=int, default=224, metavar="N", help="of the model that they are for [%(default)s]")
+    add("--patch-size", type=int, default=16, metavar="N", help="of the model that they are for [%(default)s]")
+    add("--workers", type=int, default=os.cpu_count(), metavar="N", help="processes that compute [%(default)s]")
     args = parser.parse_args(argv)
     sizes = args.image_size, args.patch_size
     if min(sizes) < 1 or args.workers < 0:

@@ -627,10 +627,10 @@ class Watch:
         self.log.write(json.dumps(line) + "\n")
         self.log.flush()
         eta = datetime.timedelta(seconds=round((args.steps - done) / rate))
-        losses = " + ".join(f"{name} {line[name]:.3f}" for name in parts)
-        print(
-            f"step {done}/{args.steps}  loss {line['loss']:.3f} = {losses}  grad {line['grad']:.1f}  lr {lr:.1e}"
-            f"  scale {scale:.1f}  {line['pairs_per_second']:.0f} pairs/s  ETA {eta}",
+        losses = " ".join(f"{name} {line[name]:.2f}" for name in parts)
+        print(  # in 100 columns; log.jsonl has all of it
+            f"step {done}/{args.steps}  loss {line['loss']:.3f}: {losses}  grad {line['grad']:.1f}  lr {lr:.0e}  "
+            f"{line['pairs_per_second']:.0f} pairs/s  ETA {eta}",
             flush=True,
         )
         self.recent, self.since, self.last_step = [], now, done
