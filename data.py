@@ -152,7 +152,7 @@ class SyntheticScenes:
     """
 
     words, palette = SCENE_WORDS, SCENE_PALETTE
-    has_background, background_threshold = False, None  # every pixel has a word
+    has_background = False  # every pixel has a word
 
     def __init__(self, size, seed=0, split="train"):
         self.size, self.split = size, split
@@ -254,30 +254,6 @@ def decode_picture(file, shortest=None):
         return np.asarray(image.convert("RGB"))
 
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
-
-
-def listed(names):
-    """ "cat, dog" -> ["cat", "dog"]."""
-    return [name.strip() for name in names.split(",") if name.strip()]
-
-
-def visible_files(folder):
-    """All files in a folder and its folders, sorted; without hidden ones."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    return [path for path in paths if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
-
-
-def read_lines(path):
-    """The lines of a text file that are not empty, without the space around them. Raises InputError."""
-    try:
-        return [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not a list of names ({error})") from None
-
-
 def read_picture(path):
     """Any picture file -> uint8 [H, W, 3]. Raises InputError."""
     try:
@@ -341,6 +317,30 @@ def resize_bilinear(image, height, width):
     rows = image[:, x] * a0 + image[:, right] * a1  # [H, width, 3]
     above, below = rows[y.clip(0, len(rows) - 1)] >> 4, rows[(y + 1).clip(0, len(rows) - 1)] >> 4
     return ((((b0 * above) >> 16) + ((b1 * below) >> 16) + 2) >> 2).astype(np.uint8)
+
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+
+
+def listed(names):
+    """ "cat, dog" -> ["cat", "dog"]."""
+    return [name.strip() for name in names.split(",") if name.strip()]
+
+
+def visible_files(folder):
+    """All files in a folder and its folders, sorted; without hidden ones."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return [path for path in paths if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+
+
+def read_lines(path):
+    """The lines of a text file that are not empty, without the space around them. Raises InputError."""
+    try:
+        return [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not a list of names ({error})") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -901,8 +901,8 @@ def open_shards(pattern, image_size, suffix, workers, max_faults, rank, world):
         for _ in in_parallel(Shards(paths[rank::world], image_size, suffix), workers):
             pass
         dist.barrier()
-    found = in_parallel(Shards(paths, image_size, suffix), workers)
-    for path, shard in zip(paths, progress(found, len(paths), "shards have an index") if rank == 0 else found):
+    opened = in_parallel(Shards(paths, image_size, suffix), workers)
+    for path, shard in zip(paths, progress(opened, len(paths), "shards have an index") if rank == 0 else opened):
         if isinstance(shard, TarShard) and len(shard):
             shards.append(shard)
         if not isinstance(shard, TarShard) or not shard.complete:

@@ -61,6 +61,7 @@ OWN = "the protocol's own"  # --background without a threshold
 SCENES = {"synthetic": "val", "synthetic-unseen": "unseen"}  # data sets that are drawn, and their split
 RUNS = {"segclip": "runs/synthetic", "clip": "runs/clip", "pacl": "runs/pacl"}  # where train.py leaves those of the scenes
 DEFAULT_CHECKPOINT = f"{RUNS['segclip']}/checkpoint.pt"
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Words
 

@@ -49,9 +49,9 @@ from clip_loader import (
     start_processes,
 )
 from data import (
+    SCENE_WORDS,
     Batches,
     Fault,
-    SCENE_WORDS,
     Prepared,
     SyntheticScenes,
     TrainingPairs,
@@ -62,7 +62,6 @@ from data import (
     raised,
     read_lines,
 )
-from evaluate import TEMPLATES
 from losses import contrastive_loss, total_loss
 from model import CLIP, PACL, Block, Config, DenseCLIP, SegCLIP
 
@@ -115,18 +114,27 @@ _PACL = _CONTRASTIVE | {"freeze": False, "weight_decay": 0.2}
 RECIPES = {  # the defaults, by --recipe and --method
     "small": {
         "segclip": _SMALL,
-        "clip": _SMALL | _CONTRASTIVE | {"output": evaluate.RUNS["clip"]},
-        "pacl": _SMALL
-        | _PACL
-        | {"output": evaluate.RUNS["pacl"], "init": CLIP_OF_SCENES, "nouns": "synthetic", "steps": 600, "lr": 3e-3},
+        "clip": {**_SMALL, **_CONTRASTIVE, "output": evaluate.RUNS["clip"]},
+        "pacl": {
+            **_SMALL,
+            **_PACL,
+            "output": evaluate.RUNS["pacl"],
+            "init": CLIP_OF_SCENES,
+            "nouns": "synthetic",
+            "steps": 600,
+            "lr": 3e-3,
+        },
     },
     "paper": {
         "segclip": _PAPER,
-        "clip": _PAPER
-        | _CONTRASTIVE
-        | {"output": "runs/paper-clip", "lr": _PAPER["clip_lr"]},  # all that it trains is CLIP's
+        "clip": {
+            **_PAPER,
+            **_CONTRASTIVE,
+            "output": "runs/paper-clip",
+            "lr": _PAPER["clip_lr"],
+        },  # all that it trains is CLIP's
         # As others quote the paper; the crop and the length of texts are SegCLIP's.
-        "pacl": _PAPER | _PACL | {"output": "runs/paper-pacl", "lr": 5e-4, "batch_size": 4096, "warmup": 0.0},
+        "pacl": {**_PAPER, **_PACL, "output": "runs/paper-pacl", "lr": 5e-4, "batch_size": 4096, "warmup": 0.0},
     },
 }
 SIZES = [field for field in dataclasses.fields(Config) if field.name != "vocab_size"]  # that one is the tokenizer's
@@ -203,7 +211,8 @@ def parse_args(argv=None):
         "in PACL; all as often, so that with two nouns one text in 15 is the caption. \"synthetic\": the words of the scenes; "
         '"none": captions alone [none; pacl on the scenes: synthetic]')
     add("--steps", type=int, metavar="N",
-        help="length of the run; 300 for a first look; 0 writes the untrained model, to compare with [small: 1700; with pacl 600]")
+        help="length of the run; 300 for a first look; 0 writes the untrained model, to compare with "
+        f"[small: {_SMALL['steps']}; with pacl {RECIPES['small']['pacl']['steps']}]")
     add("--epochs", type=float, metavar="N", help="in place of --steps: how often each pair is seen [paper: 10]")
     add("--batch-size", type=int, metavar="B", help="pairs in a step, over all processes together [%(default)s]")
     add("--lr", type=float, metavar="LR", help="learning rate at its peak; less if the loss jumps [%(default)s]")
@@ -355,8 +364,8 @@ class Run:
     def __init__(self, args, device, rank, world):
         """Raises InputError. Of args, what only the data can tell is filled in: steps, where epochs were given."""
         self.args, self.flags, self.rank, self.path = args, dict(vars(args)), rank, Path(args.output) / "checkpoint.pt"
-        self.step, self.faults, self.saved, self.last_save = 0, Counter(), None, time.time()
-        saved, self.resumed = last_checkpoint(self.path) if args.resume else (None, None)  # the second is its path
+        self.step, self.faults, self.saved_step, self.last_save = 0, Counter(), None, time.time()
+        saved, self.resumed = last_checkpoint(self.path) if args.resume else (None, None)  # its content, its path
         torch.manual_seed(args.seed)
         self.tokenizer, self.model, self.sources = open_parts(args, saved, self.resumed, rank, world)
         self.model, self.lengths = self.model.to(device), [len(source) for source in self.sources]
@@ -375,7 +384,7 @@ class Run:
                 raise InputError(f"{self.resumed}: {counts}")
             self.optimizer.load_state_dict(saved["optimizer"])
             self.scaler.load_state_dict(saved["scaler"])
-            self.step, self.saved, self.faults = saved["step"], saved["step"], Counter(saved["faults"])
+            self.step, self.saved_step, self.faults = saved["step"], saved["step"], Counter(saved["faults"])
         if world > 1:
             ends = torch.tensor([self.step, -self.step], device=device)
             dist.all_reduce(ends, dist.ReduceOp.MAX)
@@ -384,7 +393,7 @@ class Run:
                 raise InputError(f"{folder}: not every process finds the same checkpoint there; it must be on a shared disk")
 
     def save(self):
-        self.saved, self.last_save = self.step, time.time()
+        self.saved_step, self.last_save = self.step, time.time()
         if self.rank == 0:
             state = {"merges": self.tokenizer.merges, "step": self.step, "pairs": self.lengths, "faults": dict(self.faults)}
             state |= {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
@@ -658,7 +667,15 @@ def make_loader(run, rows, nouns, device):
     rule = args.superpatch if args.superpixel_weight else None
     pairs = torch.utils.data.ConcatDataset(sources)
     pairs = TrainingPairs(
-        pairs, run.tokenizer, run.model.config, args.crop_scale, args.seed, args.text_length, rule, nouns, TEMPLATES[7]
+        pairs,
+        run.tokenizer,
+        run.model.config,
+        args.crop_scale,
+        args.seed,
+        args.text_length,
+        rule,
+        nouns,
+        evaluate.TEMPLATES[7],
     )
     # Whole scenes are always the same: if some are to be seen twice, all are prepared now, and no process is needed then.
     whole_scenes = args.crop_scale == 1 and not nouns and all(isinstance(source, SyntheticScenes) for source in sources)
@@ -775,7 +792,7 @@ def main(argv=None):
                 paused = time.time()
                 evaluate_model(eval_args, model, run.tokenizer, rank, world, run.step)
                 watch.since += time.time() - paused
-        if run.saved != run.step:
+        if run.saved_step != run.step:
             run.save()
     if rank == 0:
         if run.faults:

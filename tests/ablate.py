@@ -1,6 +1,6 @@
 """The paper's ablations on synthetic scenes: what each part of the method does to the small default.
 
-python tests/ablate.py          an hour on two cores; stopped, the same command goes on
+python tests/ablate.py          an hour and a half on two cores; stopped, the same command goes on
 
 Each row is `python train.py` with other flags, shorter than the default, scored by `python evaluate.py --analyse`; the seed
 decides the scenes, their order, the new weights and all noise. Runs lie in runs/ablation/STEPS/ROW/SEED, and are not done

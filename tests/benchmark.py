@@ -373,10 +373,10 @@ def stages(shards, count):
 # pacl
 
 
-def naive_pacl_loss(patches, text, logit_scale, temperature):
+def naive_pacl_loss(patches, text, logit_scale, patch_scale):
     """PACL's loss as its equations stand, with the pooled vector of each pair of a picture and a text: [B, B, E]."""
     t = F.normalize(text, dim=-1)
-    a = (temperature * F.normalize(patches, dim=-1) @ t.T).softmax(dim=1)  # [B, N, B]
+    a = (patch_scale * F.normalize(patches, dim=-1) @ t.T).softmax(dim=1)  # [B, N, B]
     pooled = a.transpose(1, 2) @ patches  # [B, B, E]
     logits = logit_scale.exp() * (F.normalize(pooled, dim=-1) * t).sum(dim=-1)
     target = torch.arange(len(text))

@@ -568,10 +568,10 @@ def animals(tmp_path):
     return root
 
 
-def phi_by_hand(patches, text, temperature):
+def phi_by_hand(patches, text, scale):
     """patches [N, E], one text [E]"""
     s = torch.nn.functional.cosine_similarity(patches, text[None], dim=1)
-    pooled = ((temperature * s).softmax(dim=0)[:, None] * patches).sum(dim=0)
+    pooled = ((scale * s).softmax(dim=0)[:, None] * patches).sum(dim=0)
     return torch.nn.functional.cosine_similarity(pooled, text, dim=0).item()
 
 
