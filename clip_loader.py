@@ -375,20 +375,35 @@ def vision_sizes(state, prefix):
     }
 
 
-def clip_config(state, source):
-    """The architecture, from the shapes in a state dict with OpenAI's names."""
+def clip_config(state, source, activation=None):
+    """The architecture, from the shapes in a state dict with OpenAI's names. Raises InputError.
+
+    No shape tells the activation or the number of heads. OpenAI's archives name their sizes, and so can be told from
+    those of others, which may have been trained with GELU; of those it is said how they are read.
+    """
     if "visual.layer1.0.conv1.weight" in state:
         raise InputError(f"{source}: a CLIP with a ResNet; only those with a ViT are supported")
     try:
         sizes = vision_sizes(state, "visual.")
+        if sizes["vision_width"] > 1024:
+            raise InputError(
+                f"{source}: a CLIP of width {sizes['vision_width']}, whose heads are not 64 wide as OpenAI's are (ViT-H/14 has "
+                "80); only ViT-B and ViT-L are supported"
+            )
+        if activation is None and "input_resolution" not in state and source not in DOWNLOADS:
+            print(
+                f"{source}: read with QuickGELU, as OpenAI's weights were trained; for LAION's or DataComp's: --activation gelu",
+                file=sys.stderr,
+            )
         return Config(
             **sizes,
+            activation=activation or "quick_gelu",
             embed_dim=state["text_projection"].shape[1],
             context_length=state["positional_embedding"].shape[0],
             vocab_size=state["token_embedding.weight"].shape[0],
             text_width=state["ln_final.weight"].shape[0],
             text_layers=count_layers(state, "transformer.resblocks."),
-            first_stage_layers=max(sizes["vision_layers"] - 2, 0),  # as in the paper, if a SegCLIP is made of it
+            first_stage_layers=sizes["vision_layers"],  # there is no group module
         )
     except KeyError as error:
         raise InputError(f"{source}: not a CLIP: no parameter named {error}") from None
@@ -419,14 +434,17 @@ def is_pacl(state):
     return "embedder.skip.weight" in state
 
 
-def load_clip(name_or_path):
+def load_clip(name_or_path, activation=None):
     """-> CLIP in float32: one of OpenAI's by name ("ViT-B/16"), or from a file: their TorchScript archive, a state dict, or
-    a checkpoint of `train.py --method clip`. Raises InputError."""
+    a checkpoint of `train.py --method clip`. Raises InputError.
+
+    activation: "quick_gelu" or "gelu", for a state dict that is not OpenAI's archive; None is "quick_gelu", and says so.
+    """
     state, config = read_model(name_or_path)
-    return clip_from_state(state, name_or_path, config)
+    return clip_from_state(state, name_or_path, config, activation)
 
 
-def clip_from_state(state, source, config=None):
+def clip_from_state(state, source, config=None, activation=None):
     if is_segclip(state):
         raise InputError(f"{source}: a SegCLIP, where a CLIP is needed")
     if is_pacl(state):
@@ -435,9 +453,17 @@ def clip_from_state(state, source, config=None):
         raise InputError(f"{source}: a DINO, where a CLIP is needed; a DINO is for train.py --method pacl --image-encoder")
     if config:
         state = {name.removeprefix("clip."): tensor for name, tensor in state.items()}
+    config = check_activation(config, activation, source) if config else clip_config(state, source, activation)
     sizes = ("input_resolution", "context_length", "vocab_size")  # in OpenAI's archives; the shapes tell the same
     state = {name: tensor for name, tensor in state.items() if name not in sizes}
-    return load_strictly(CLIP(config or clip_config(state, source)), state, source)
+    return load_strictly(CLIP(config), state, source)
+
+
+def check_activation(config, activation, source):
+    """The Config of a checkpoint, unless another activation was asked for: then InputError."""
+    if activation not in (None, config.activation):
+        raise InputError(f"{source}: was trained with --activation {config.activation}")
+    return config
 
 
 # The names in the blocks of a ViT that comes from timm, as MAE's decoder and DINO do, and ours.
@@ -504,7 +530,7 @@ def segclip_config(state, first_stage_layers, source):
     if "group.centers" not in state:
         raise InputError(f"{source}: not a whole SegCLIP: its group module has no centers")
     return dataclasses.replace(
-        clip_config(clip, source),
+        clip_config(clip, source, "quick_gelu"),  # the authors start from OpenAI's weights
         first_stage_layers=first_stage_layers,
         num_centers=state["group.centers"].shape[0],
         cross_layers=count_layers(state, "group.cross_blocks."),
@@ -512,11 +538,16 @@ def segclip_config(state, first_stage_layers, source):
     )
 
 
-def load_model(name_or_path, readout="clip"):
-    """What can label pictures, from any file: a SegCLIP, a PACL, or a CLIP, read by `readout`. Raises InputError."""
+def load_model(name_or_path, readout="clip", activation=None):
+    """What can label pictures, from any file: a SegCLIP, a PACL, or a CLIP, read by `readout`. Raises InputError.
+
+    activation: as in load_clip, of a CLIP.
+    """
     state, config = read_model(name_or_path)
     if not is_segclip(state) and not is_pacl(state):
-        return DenseCLIP(clip_from_state(state, name_or_path, config), readout)
+        return DenseCLIP(clip_from_state(state, name_or_path, config, activation), readout)
+    if config:
+        check_activation(config, activation, name_or_path)
     if readout != "clip":
         raise InputError(
             f"{name_or_path}: --readout {readout} is for a CLIP, and this is a {'PACL' if is_pacl(state) else 'SegCLIP'}"
@@ -527,11 +558,11 @@ def load_model(name_or_path, readout="clip"):
     return segclip_from_state(state, name_or_path, config)
 
 
-def load_segclip(path_or_clip, **sizes):
+def load_segclip(path_or_clip, activation=None, **sizes):
     """-> SegCLIP in float32, from our checkpoint, the authors' segclip.bin (with or without its decoder), or a CLIP.
 
     A CLIP (the object, one of OpenAI's names, or a file) is something to start training from: what SegCLIP adds to it is
-    new, at random, and goes before its last two blocks, as in the paper.
+    new, at random, and goes before its last two blocks, as in the paper (in a CLIP of one or two blocks, before the first).
     sizes: fields of Config for what the weights do not decide: all that SegCLIP adds to a CLIP; gumbel_tau and mask_ratio
         of a SegCLIP (others are ignored). Raises InputError.
     """
@@ -540,7 +571,7 @@ def load_segclip(path_or_clip, **sizes):
     state, config = read_model(path_or_clip)
     if is_segclip(state):
         return segclip_from_state(state, path_or_clip, config, sizes)
-    return segclip_from_clip(clip_from_state(state, path_or_clip, config), path_or_clip, sizes)
+    return segclip_from_clip(clip_from_state(state, path_or_clip, config, activation), path_or_clip, sizes)
 
 
 def segclip_from_state(state, source, config=None, sizes=()):
@@ -553,6 +584,7 @@ def segclip_from_state(state, source, config=None, sizes=()):
 
 
 def segclip_from_clip(clip, source, sizes):
+    sizes = {"first_stage_layers": max(clip.config.vision_layers - 2, 0), **sizes}
     state = {f"clip.{name}": tensor for name, tensor in clip.state_dict().items()}
     new = ["group.", "reconstruction_layer.", "reconstruction_blocks.", "decoder."]
     return load_strictly(SegCLIP(dataclasses.replace(clip.config, **sizes)), state, source, new)
@@ -667,6 +699,7 @@ def pick_device(name):
 
 def start_processes(device_name):
     """-> (rank, world size, device): one process, or as many as torchrun started, joined to a group. Raises InputError."""
+    torch.backends.cudnn.allow_tf32 = False  # fp32 is fp32 on GPUs, too
     rank, world, device = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), pick_device(device_name)
     if world > 1:
         if device.type == "cuda":

@@ -387,10 +387,11 @@ def random_resized_crop(picture, segments, size, rng, scale):
         area, ratio = height * width * rng.uniform(scale, 1), math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
+            left, top = rng.randint(width - w + 1), rng.randint(height - h + 1)
             break
-    else:  # too long for any of these: as much of it as the ratio allows
+    else:  # too long for any of these: the middle, as much of it as the ratio allows
         w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
-    left, top = rng.randint(width - w + 1), rng.randint(height - h + 1)
+        left, top = (width - w) // 2, (height - h) // 2
     picture = Image.fromarray(picture).resize((size, size), Image.BICUBIC, (left, top, left + w, top + h))
     x, y = segments.shape[1] / width, segments.shape[0] / height  # superpixels are those of a reduced picture
     box = (left * x, top * y, (left + w) * x, (top + h) * y)
@@ -459,7 +460,8 @@ class TrainingPairs(torch.utils.data.Dataset):
         self.source, self.tokenizer, self.config, self.crop_scale = source, tokenizer, config, crop_scale
         self.seed, self.text_length, self.rule = seed, text_length or config.context_length, rule
         self.templates, longest_first = templates, sorted(map(str.lower, nouns), key=len, reverse=True)
-        self.nouns = re.compile(rf"\b(?:{'|'.join(map(re.escape, longest_first))})\b") if nouns else None
+        # Simple plurals count as the noun: "two dogs" has "dog", "benches" has "bench".
+        self.nouns = re.compile(rf"\b({'|'.join(map(re.escape, longest_first))})(?:e?s)?\b") if nouns else None
 
     def __getitem__(self, key):
         place, index = key
@@ -1008,7 +1010,7 @@ class Benchmark(NamedTuple):
     """Where a data set keeps what, and what its pixels mean."""
 
     words: list  # of the classes, without background
-    background_threshold: float | None  # Section 3.1; None where the data set has no background
+    has_background: bool  # whether the pixels of no class are a class of their own
     pictures: str  # folder
     suffix: str  # of the pictures' names
     labels: tuple  # (folder, suffix, value table), ...; the first that is there is read
@@ -1018,21 +1020,21 @@ class Benchmark(NamedTuple):
 
 # fmt: off
 BENCHMARKS = {
-    "pascal_voc": Benchmark(VOC, 0.75, "JPEGImages", ".jpg",  # the authors' code has 0.80
+    "pascal_voc": Benchmark(VOC, True, "JPEGImages", ".jpg",
         (("SegmentationClass", ".png", identity(21)),), "ImageSets/Segmentation/val.txt", "VOCdevkit/VOC2012"),
-    "pascal_context": Benchmark(CONTEXT, 0.25, "JPEGImages", ".jpg",
+    "pascal_context": Benchmark(CONTEXT, True, "JPEGImages", ".jpg",
         (("SegmentationClassContext", ".png", identity(60)),), "ImageSets/SegmentationContext/val.txt", "VOCdevkit/VOC2010"),
-    "coco_object": Benchmark(COCO[:80], 0.65, "images/val2017", ".jpg",
+    "coco_object": Benchmark(COCO[:80], True, "images/val2017", ".jpg",
         (("annotations/val2017", "_instanceTrainIds.png", identity(81)),
          ("annotations/val2017", ".png", COCO_OBJECT_TABLE),
          ("stuffthingmaps/val2017", ".png", COCO_OBJECT_TABLE)), None, "coco_stuff164k"),
-    "coco_stuff": Benchmark(COCO, None, "images/val2017", ".jpg",
+    "coco_stuff": Benchmark(COCO, False, "images/val2017", ".jpg",
         (("annotations/val2017", "_labelTrainIds.png", identity(171)),
          ("annotations/val2017", ".png", COCO_STUFF_TABLE),
          ("stuffthingmaps/val2017", ".png", COCO_STUFF_TABLE)), None, "coco_stuff164k"),
-    "ade20k": Benchmark(ADE20K, None, "images/validation", ".jpg",
+    "ade20k": Benchmark(ADE20K, False, "images/validation", ".jpg",
         (("annotations/validation", ".png", from_one(150)),), None, "ade/ADEChallengeData2016"),
-    "cityscapes": Benchmark(CITYSCAPES, None, "leftImg8bit/val", "_leftImg8bit.png",
+    "cityscapes": Benchmark(CITYSCAPES, False, "leftImg8bit/val", "_leftImg8bit.png",
         (("gtFine/val", "_gtFine_labelTrainIds.png", identity(19)),
          ("gtFine/val", "_gtFine_labelIds.png", CITYSCAPES_TABLE)), None, "cityscapes"),
 }
@@ -1041,7 +1043,7 @@ BENCHMARKS = {
 for _name, _n in (("pascal_voc", 20), ("pascal_context", 59)):
     _whole = BENCHMARKS[_name]
     _labels = tuple((folder, suffix, from_one(_n)) for folder, suffix, _ in _whole.labels)
-    BENCHMARKS[f"{_name}{_n}"] = _whole._replace(background_threshold=None, labels=_labels)
+    BENCHMARKS[f"{_name}{_n}"] = _whole._replace(has_background=False, labels=_labels)
 
 
 class SegmentationFolder:
@@ -1050,8 +1052,7 @@ class SegmentationFolder:
     def __init__(self, name, root):
         self.benchmark, self.root = BENCHMARKS[name], Path(root)
         b = self.benchmark
-        self.words, self.background_threshold, self.palette = b.words, b.background_threshold, voc_palette()
-        self.has_background = b.background_threshold is not None
+        self.words, self.has_background, self.palette = b.words, b.has_background, voc_palette()
         advice = f"--data-root should be the folder of {name}" + (f", {b.usual_root}" if b.usual_root else "")
         for path in (b.pictures, b.split):
             if path and not (self.root / path).exists():
@@ -1084,8 +1085,6 @@ class SegmentationFolder:
 
 class PictureFolder:
     """Pictures of your own, with label maps (class numbers, counted from 0; 255: not scored) where there are some."""
-
-    background_threshold = 0.75  # of regions; SegCLIP's on VOC
 
     def __init__(self, pictures, labels, words, has_background=False, paths=None, output=None):
         self.root, self.labels = Path(pictures), labels and Path(labels)

@@ -55,7 +55,7 @@ from data import (
     resize_bilinear,
 )
 from losses import compatibility
-from model import PACL, READOUTS, Config
+from model import ACTIVATIONS, PACL, READOUTS, Config
 
 OWN = "the protocol's own"  # --background without a threshold
 SCENES = {"synthetic": "val", "synthetic-unseen": "unseen"}  # data sets that are drawn, and their split
@@ -115,21 +115,84 @@ SYNONYMS = {
 }
 
 
+# ClearCLIP takes one word a class, mostly the first of these, and the word "background".
+PLAIN_WORDS = {"boat": "ship", "plant": "pottedplant", "monitor": "tvmonitor", "airplane": "aeroplane"}
+
+# How published numbers were made, for a model of 224 pixels: the settings of a protocol, and what differs on a data set.
+# Each was checked against its authors' configuration files. window 0: the whole image at once, without windows.
+_SCLIP = {
+    "scoring": "cosines",
+    "words": "synonyms",
+    "templates": 80,
+    "short_side": 336,
+    "window": 224,
+    "stride": 112,
+    "logit_scale": 40.0,
+    "background_threshold": 0.1,
+}
+PROTOCOLS = {
+    "segclip": {  # also GroupViT's but for its sizes and thresholds
+        "": {
+            "scoring": "regions",
+            "words": "names",
+            "templates": 1,
+            "short_side": 224,
+            "window": 224,
+            "stride": 224,
+            "top_k": 5,
+            "background_threshold": 0.75,  # on VOC; the authors' code has 0.80
+        },
+        "pascal_context": {"background_threshold": 0.25},
+        "coco_object": {"background_threshold": 0.65},
+    },
+    "sclip": {
+        "": _SCLIP,
+        "pascal_voc": {"logit_scale": 65.0, "area_threshold": 0.1},
+        "pascal_context": {"logit_scale": 50.0},
+        "coco_object": {"logit_scale": 50.0},
+        "coco_stuff": {"short_side": 448},
+        "cityscapes": {"short_side": 560},
+    },
+    "naclip": {
+        "": _SCLIP,
+        "pascal_voc": {"window": 0},
+        "pascal_voc20": {"window": 0},
+        "cityscapes": {"short_side": 560},
+    },
+    "clearclip": {
+        "": _SCLIP
+        | {
+            "words": "plain",
+            "short_side": 448,
+            "window": 448,
+            "stride": 224,
+            "logit_scale": 50.0,
+            "background_threshold": 0.5,
+        },
+        "pascal_context": {"background_threshold": 0.15},
+        "coco_object": {"background_threshold": 0.4},
+        "cityscapes": {"window": 224},
+    },
+}
+PROTOCOLS["dense"] = PROTOCOLS["sclip"]
+
+
 @dataclass
 class Settings:
-    """How pictures become label maps. All of it stands in metrics.json, so that two results can be compared."""
+    """How images become label maps. All of it stands in metrics.json, so that two results can be compared."""
 
-    protocol: str
-    classes: list  # of C lists of words; a class is where its best word is
-    templates: int
-    short_side: int  # in pixels, of the picture as the model sees it
-    window: int
-    stride: int
-    top_k: int | None = None  # segclip only
-    logit_scale: float | None = None  # dense only
+    protocol: str  # the name in PROTOCOLS; "classify" for whole images
+    scoring: str  # "regions": SegCLIP's; "cosines": each patch with each word, as SCLIP and its followers
+    classes: list  # of C lists of words; the score of a class is that of its best word
+    templates: int  # how many of TEMPLATES
+    short_side: int  # inference resolution: pixels on the short side of the image
+    window: int  # side of a window in pixels; 0: the whole image at once
+    stride: int  # pixels from one window to the next
+    top_k: int | None = None  # scoring by regions: only so many classes can be found in a window
+    logit_scale: float | None = None  # scoring by cosines: inverse temperature of the softmax over the words
     background_threshold: float | None = None
-    area_threshold: float | None = None  # dense only: classes with a smaller share of the foreground are left out
-    stride_trick: int | None = None  # in pixels, from one patch to the next; None: the patch size
+    area_threshold: float | None = None  # scoring by cosines: classes with a smaller share of the foreground are left out
+    stride_trick: int | None = None  # pixels from one patch to the next; None: the patch size
     refine: str | None = None
     background_entropy: float | None = None  # in place of background_threshold
 
@@ -155,7 +218,7 @@ def check_words(words, has_background, source):
             raise InputError(f"{source}: the class {word} is there twice")
 
 
-def background_threshold(args, dataset, name):
+def background_threshold(args, dataset, name, default):
     """Below it, nothing is seen; None where there is no background, or its entropy decides. Raises InputError."""
     threshold, entropy = args.background_threshold, args.background_entropy
     if not dataset.has_background:
@@ -169,7 +232,7 @@ def background_threshold(args, dataset, name):
             raise InputError(f"--background-entropy {entropy}: must be a number from 0 on")
         return None
     if threshold in (None, OWN):
-        return 0.1 if args.protocol == "dense" else dataset.background_threshold
+        return default
     try:
         if 0 <= float(threshold) <= 1:
             return float(threshold)
@@ -186,28 +249,43 @@ def choose_settings(args, dataset, size):
         if len(words) != len(dataset.words):
             expected = f"{args.classify or name} has {len(dataset.words)} (background is not counted)"
             raise InputError(f"{args.classes}: has {len(words)} classes, {expected}")
-    threshold = background_threshold(args, dataset, name)
+    protocol = PROTOCOLS[args.protocol][""] | PROTOCOLS[args.protocol].get(name, {})
+    threshold = background_threshold(args, dataset, name, protocol["background_threshold"])
     if args.classify:
-        return Settings("classify", words, args.templates or 7, size, size, size, stride_trick=args.stride_trick)
-    if args.protocol == "segclip":
-        s = Settings("segclip", words, 1, size, size, size, top_k=5)
-    else:  # the settings of SCLIP's tables, for a model of 224 pixels
-        background = [] if threshold is None else [["background"]]
-        if not args.classes:
-            unspaced = name in ("coco_stuff", "ade20k", "cityscapes")
-            words = [[word.replace(" ", "") if unspaced else word] for [word] in background + words]
-            words = [SYNONYMS.get(name, {}).get(word, [word]) for [word] in words]
-        else:
-            words = background + words
-        scale = {"pascal_voc": 65, "pascal_context": 50, "coco_object": 50}.get(name, 40)
-        short = {"coco_stuff": 448, "cityscapes": 560}.get(name, 336) * size // 224
-        area = 0.1 if name == "pascal_voc" else None
-        s = Settings("dense", words, 80, short, size, size // 2, logit_scale=scale, area_threshold=area)
-    s.background_threshold = threshold
-    for field in ("templates", "short_side", "window", "stride", "top_k", "stride_trick", "refine", "background_entropy"):
+        templates = args.templates or 7
+        return Settings("classify", "", words, templates, size, size, size, stride_trick=args.stride_trick)
+    protocol["background_threshold"] = threshold
+    for pixels in ("short_side", "window", "stride"):
+        protocol[pixels] = protocol[pixels] * size // 224
+    words = protocol_words(protocol.pop("words"), name, words, threshold is not None, bool(args.classes))
+    settings = Settings(args.protocol, classes=words, **protocol)
+    for field in CHANGEABLE:
         if getattr(args, field) is not None:
-            setattr(s, field, getattr(args, field))
-    return s
+            setattr(settings, field, getattr(args, field))
+    return settings
+
+
+# Fields of Settings that are flags, too.
+CHANGEABLE = (
+    *("templates", "short_side", "window", "stride", "top_k", "logit_scale", "area_threshold"),
+    *("stride_trick", "refine", "background_entropy"),
+)
+
+
+def protocol_words(kind, dataset, words, has_background, given):
+    """The words of each class: the names themselves, or as the protocol has them in place of these. -> list of lists"""
+    if kind == "names":
+        return words
+    background = [["background"]] if has_background else []
+    if given:  # by --classes
+        return background + words
+    words = background + words
+    if dataset in ("coco_stuff", "ade20k", "cityscapes"):
+        words = [[word.replace(" ", "")] for [word] in words]
+    synonyms = SYNONYMS.get(dataset, {})
+    if kind == "synonyms":
+        return [synonyms.get(word, [word]) for [word] in words]
+    return [[PLAIN_WORDS.get(word, word) if word in synonyms else word] for [word] in words]
 
 
 @torch.no_grad()
@@ -218,7 +296,7 @@ def class_features(model, tokenizer, settings):
     for word in (word for words in settings.classes for word in words):
         text = tokenizer([template.format(word) for template in templates], model.config.context_length)
         feature = model.encode_text(text.to(device))  # [templates, E]
-        if settings.protocol != "segclip":  # OpenAI and SCLIP give each template the same weight, GroupViT as it is long
+        if settings.scoring != "regions":  # OpenAI and SCLIP give each template the same weight, GroupViT as it is long
             feature = F.normalize(feature, dim=-1)
         features.append(F.normalize(feature.mean(dim=0), dim=-1))
     owner = [c for c, words in enumerate(settings.classes) for _ in words]
@@ -284,28 +362,41 @@ def entropy_background(cosines, owner, scale, settings):
     return (entropy > settings.background_entropy)[None].to(cosines.dtype)
 
 
-def pixel_regions(encoding, window, grid):
-    """The region of each pixel: -> [B, window, window]."""
-    if encoding.soft is None:
-        patches = torch.arange(grid[0] * grid[1], device=encoding.regions.device).view(1, 1, *grid).float()
-        return F.interpolate(patches, (window, window))[0].long().expand(len(encoding.regions), -1, -1)
-    soft = encoding.soft.float().transpose(1, 2).unflatten(2, grid)  # [B, N, L] -> [B, L, H/P, W/P]
-    return F.interpolate(soft, (window, window), mode="bilinear", align_corners=False).argmax(dim=1)
+def upsample(maps, size, patch, stride):
+    """Values of patches [B, C, rows, columns] -> of pixels [B, C, *size], each patch where it lies, bilinear between them.
+
+    Patches that touch fill the image, and so does their interpolation. With the stride trick they overlap: the centers of
+    the outermost are half a patch from the border, and the margin between repeats the nearest value.
+    """
+    if stride < patch:
+        rows, columns = maps.shape[-2:]
+        maps = F.interpolate(maps, (stride * rows, stride * columns), mode="bilinear", align_corners=False)
+        margin = (patch - stride) // 2
+        maps = F.pad(maps, 2 * (margin, patch - stride - margin), mode="replicate")
+    return F.interpolate(maps, size, mode="bilinear", align_corners=False)
 
 
-def pixel_scores(scores, regions, grid=None):
-    """Scores of the regions of one window [L, channels], and the region of each pixel [window, window] -> [channels, window,
-    window]: a pixel has those of its region. With a grid, the regions are its patches, between which is interpolated."""
-    if grid is None:
-        return scores[regions].permute(2, 0, 1)  # [window, window, channels] -> [channels, window, window]
-    scores = scores.T.unflatten(1, grid)[None]  # [L, channels] -> [1, channels, H/P, W/P]
-    return F.interpolate(scores, regions.shape, mode="bilinear", align_corners=False)[0]
+def pixel_regions(encoding, size, grid, patch, stride):
+    """The region of each pixel: -> [B, *size]. Where each patch is a region, the patch whose center is nearest."""
+    if encoding.soft is not None:
+        soft = encoding.soft.float().transpose(1, 2).unflatten(2, grid)  # [B, N, L] -> [B, L, H/P, W/P]
+        return upsample(soft, size, patch, stride).argmax(dim=1)
+    device = encoding.regions.device
+    rows = torch.arange(grid[0], device=device).view(1, 1, -1, 1).expand(-1, -1, -1, grid[1]).float()
+    columns = torch.arange(grid[1], device=device).expand(1, 1, *grid).float()
+    row, column = upsample(torch.cat([rows, columns], dim=1), size, patch, stride)[0].round().long()
+    return (row * grid[1] + column).expand(len(encoding.regions), -1, -1)
+
+
+def pixel_scores(scores, regions):
+    """Scores of the regions of one window [L, channels], and the region of each pixel [h, w] -> [channels, h, w]."""
+    return scores[regions].permute(2, 0, 1)
 
 
 def window_scores(encoding, text, owner, scale, settings):
-    """[B, L, channels]: class scores with background (segclip), or the cosine of each word (dense). For background by
+    """[B, L, channels]: class scores with background (scoring by regions), or the cosine of each word. For background by
     entropy, which is found later, both of them."""
-    if settings.protocol == "dense":
+    if settings.scoring == "cosines":
         return region_cosines(encoding, text)
     scores = best_word(region_scores(encoding, text, scale, settings.top_k), owner, len(settings.classes))
     if settings.background_entropy is not None:
@@ -338,7 +429,7 @@ def dense_labels(cosines, owner, settings):
 
 
 def pamr(scores, picture, iterations=10, dilations=(8, 16)):
-    """Pixel-adaptive refinement (Araslanov and Roth, CVPR 2020): scores [C, H, W] move along what looks alike in the picture
+    """Pixel-adaptive refinement (Araslanov and Roth, CVPR 2020): scores [C, H, W] move along what looks alike in the image
     [3, H, W]. Each pixel takes the mean of its neighbours' scores, in eight directions at each of these distances, weighted by
     a softmax over how near their colours are, in tenths of the standard deviation around. As often as `iterations` says."""
     steps = [(d * y, d * x) for d in dilations for y in (-1, 0, 1) for x in (-1, 0, 1)]
@@ -363,7 +454,8 @@ class Result(NamedTuple):
     """What a model sees in one picture."""
 
     label: np.ndarray  # uint8 [H, W], at the picture's own size
-    regions: np.ndarray  # [h, w], at the size at which it was seen; a region's number is its center + L * its window
+    regions: np.ndarray  # at the inference resolution [h, w], of a whole image at its own; center + L * window
+    seen: tuple  # h, w: the inference resolution
     scores: torch.Tensor  # [C, H, W]
     features: torch.Tensor  # [windows, E], image features
 
@@ -376,14 +468,18 @@ class Segmenter:
         self.batch_size, self.bf16 = batch_size, bf16
         self.scale = model.clip.logit_scale.exp().clamp(max=100)
 
+    def stride(self):
+        """Pixels from one patch to the next."""
+        return self.settings.stride_trick or self.model.visual.patch_size
+
     def run(self, encoder, crops):
         """What the encoder makes of [n, 3, window, window], a list with each batch's, and the rows and columns of patches."""
-        visual, window = self.model.visual, crops.shape[-1]
+        visual = self.model.visual
         conv1, own = visual.conv1, visual.conv1.stride
-        conv1.stride = (self.settings.stride_trick,) * 2 if self.settings.stride_trick else own
+        conv1.stride = (self.stride(),) * 2
         with torch.autocast(crops.device.type, torch.bfloat16, enabled=self.bf16):
             parts = [encoder(batch) for batch in crops.split(self.batch_size)]
-        grid, conv1.stride = visual.grid(window, window), own
+        grid, conv1.stride = visual.grid(*crops.shape[-2:]), own
         return parts, grid
 
     def encode(self, crops):
@@ -398,12 +494,16 @@ class Segmenter:
         waiting, crops, s = [], [], self.settings
         for sample, seen in pictures:
             image = normalise(torch.as_tensor(seen, device=self.text.device).permute(2, 0, 1))  # [3, h, w]
-            size = image.shape[1:]
+            height, width = image.shape[1:]
+            if s.window == 0:  # the whole image, without what is left of it beside the last whole patch
+                patch = self.model.visual.patch_size
+                yield from self.finish([(sample, image, [(0, 0)])], [image[:, : height // patch * patch, : width // patch * patch]])
+                continue
             starts = [
-                (y, x) for y in window_starts(size[0], s.window, s.stride) for x in window_starts(size[1], s.window, s.stride)
+                (y, x) for y in window_starts(height, s.window, s.stride) for x in window_starts(width, s.window, s.stride)
             ]
             crops += [image[:, y : y + s.window, x : x + s.window] for y, x in starts]
-            waiting.append((sample, size, starts))
+            waiting.append((sample, image, starts))
             if len(crops) >= self.batch_size:
                 yield from self.finish(waiting, crops)
                 waiting, crops = [], []
@@ -411,36 +511,53 @@ class Segmenter:
             yield from self.finish(waiting, crops)
 
     def finish(self, waiting, crops):
-        window = self.settings.window
+        """(sample, image [3, h, w], its windows' places), and the windows of all -> (sample, Result) ..."""
+        patch, window = self.model.visual.patch_size, self.settings.window
         encoding, grid = self.encode(torch.stack(crops))
-        regions = pixel_regions(encoding, window, grid)  # [n, window, window]
         scores = window_scores(encoding, self.text, self.owner, self.scale, self.settings)  # [n, L, channels]
+        # NACLIP brings the map of a whole image to the image's own size in one step, and that of windows in two.
+        size = (window, window) if window else waiting[0][0].picture.shape[:2]
+        regions = pixel_regions(encoding, size, grid, patch, self.stride())  # [n, window, window]
         first = 0
-        for sample, size, starts in waiting:
+        for sample, image, starts in waiting:
+            size = tuple(image.shape[1:]) if window else size
             canvas, count = scores.new_zeros(scores.shape[2], *size), scores.new_zeros(size)
             region_map = regions.new_zeros(size)
-            for i, (y, x) in enumerate(starts):
-                here = (..., slice(y, y + window), slice(x, x + window))
-                canvas[here] += pixel_scores(scores[first + i], regions[first + i], grid if encoding.soft is None else None)
+            for i, (y, x) in enumerate(starts, first):
+                height, width = regions.shape[1:]
+                here = (..., slice(y, y + height), slice(x, x + width))
+                if encoding.soft is None:  # the regions are the patches, between which is interpolated
+                    maps = scores[i].T.unflatten(1, grid)[None]  # [L, channels] -> [1, channels, rows, columns]
+                    canvas[here] += upsample(maps, (height, width), patch, self.stride())[0]
+                else:
+                    canvas[here] += pixel_scores(scores[i], regions[i])
                 count[here] += 1
-                region_map[here] = regions[first + i] + i * scores.shape[1]
+                region_map[here] = regions[i] + (i - first) * scores.shape[1]
             features = encoding.features[first : first + len(starts)]
             first += len(starts)
             full = F.interpolate((canvas / count)[None], sample.picture.shape[:2], mode="bilinear", align_corners=False)[0]
             if self.settings.refine:
-                full = pamr(full, torch.as_tensor(sample.picture, device=full.device).permute(2, 0, 1).float())
-            if self.settings.protocol == "dense":
+                full = pamr(full, self.guide(sample.picture, image))
+            if self.settings.scoring == "cosines":
                 full, label = dense_labels(full, self.owner, self.settings)
             else:
                 full, label = segclip_labels(full, self.owner, self.scale, self.settings)
-            yield sample, Result(label.byte().cpu().numpy(), region_map.cpu().numpy(), full, features)
+            result = Result(label.byte().cpu().numpy(), region_map.cpu().numpy(), tuple(image.shape[1:]), full, features)
+            yield sample, result
+
+    def guide(self, picture, image):
+        """What PAMR compares the colours of, [3, H, W]: the picture uint8 [H, W, 3] itself; for scoring by cosines, as in
+        SCLIP's and NACLIP's programs, the image [3, h, w] as the model saw it, enlarged again."""
+        if self.settings.scoring == "cosines":
+            return F.interpolate(image[None], picture.shape[:2], mode="bilinear", align_corners=False)[0]
+        return torch.as_tensor(picture, device=image.device).permute(2, 0, 1).float()
 
 
 class ResizedPictures(torch.utils.data.Dataset):
     """What the worker processes do: (sample, the picture at the size at which the model sees it), or an InputError."""
 
-    def __init__(self, dataset, settings):
-        self.dataset, self.settings = dataset, settings
+    def __init__(self, dataset, settings, patch_size):
+        self.dataset, self.settings, self.patch_size = dataset, settings, patch_size
 
     def __getitem__(self, index):
         try:
@@ -449,7 +566,8 @@ class ResizedPictures(torch.utils.data.Dataset):
             return error
         if self.settings.protocol == "classify":
             return sample, centre(sample.picture, self.settings.window)
-        height, width = resized(*sample.picture.shape[:2], self.settings.short_side, self.settings.window)
+        least = self.settings.window or self.patch_size
+        height, width = resized(*sample.picture.shape[:2], self.settings.short_side, least)
         return sample, resize_bilinear(sample.picture, height, width)
 
 
@@ -576,13 +694,14 @@ class Analysis:
         self.regions, self.right_names, self.words_found, self.captions, self.features = [], [], [], [], []
 
     def add(self, sample, result):
-        (height, width), (h, w), P = sample.label.shape, result.regions.shape, self.model.config.patch_size
+        (height, width), (h, w), P = sample.label.shape, result.seen, self.model.config.patch_size
         y, x = np.arange(height)[:, None] * h // height, np.arange(width) * w // width  # of each pixel, as it was seen
         patches = y // P * w + x // P
         best = majority(patches, sample.label)
         self.ceiling.add(best, sample.label)
         self.patches.add(majority(patches, result.label), np.where(sample.label == 255, 255, best))
-        self.grouped.add(majority(result.regions[y, x], sample.label), sample.label)
+        regions = result.regions if self.settings.window == 0 else result.regions[y, x]
+        self.grouped.add(majority(regions, sample.label), sample.label)
         self.regions.append(len(np.unique(result.regions)))
 
         there, named = [c for c in np.unique(sample.label) if c < len(result.scores)], sample.label.copy()
@@ -651,6 +770,8 @@ def pairs_of_patches(segmenter, pictures):
     s, visual = segmenter.settings, segmenter.model.visual
     windows, draw = np.random.RandomState(0), np.random.RandomState(1)  # two, so that the size of a batch changes nothing
     found, before = {"within a picture": [], "across pictures": []}, None
+    if not s.window:
+        raise InputError("--coherence needs windows; give --window")
     for batch in batches((item for item in pictures if item[0].label is not None), segmenter.batch_size):
         crops, labels = [], []
         for sample, seen in batch:
@@ -892,6 +1013,8 @@ def parse_args(argv=None):
     add("--readout", choices=READOUTS, default="clip",
         help="how the last block of a CLIP makes patch tokens; all but clip see more than CLIP was trained to show, and are "
         "explained at read_out in model.py [%(default)s]")
+    add("--activation", choices=ACTIVATIONS,
+        help="of a CLIP from another source than OpenAI: gelu for LAION's and DataComp's weights; no file tells [quick_gelu]")
     add("--vocabulary", metavar="FILE", help="OpenAI's BPE vocabulary, if it is not in the cache and cannot be fetched")
     add("--device", help="cpu, cuda, cuda:1, ... [a GPU if there is one]")
     add("--precision", choices=("bf16", "fp32"), default="fp32", help="bf16 is faster where supported [%(default)s]")
@@ -900,12 +1023,12 @@ def parse_args(argv=None):
     add("--workers", type=int, default=2, metavar="N", help="processes that read pictures; 0: none but this [%(default)s]")
     how = parser.add_argument_group("how")
     add = how.add_argument
-    add("--protocol", choices=("segclip", "dense"), default="segclip",
-        help="segclip: that of the paper's tables; dense: of SCLIP's and ProxyCLIP's, with 80 templates and background "
-        "words [%(default)s]")
+    add("--protocol", choices=PROTOCOLS, default="segclip",
+        help="the settings of a paper's tables, by data set; each can be changed by a flag below. dense: another name of "
+        "sclip [%(default)s]")
     add("--templates", type=int, choices=TEMPLATES, help="sentences around a word: one, or OpenAI's 7 or 80 [the protocol's]")
     add("--short-side", type=int, metavar="PIXELS", help="of a picture, as the model sees it [the protocol's]")
-    add("--window", type=int, metavar="PIXELS", help="side of what is seen at once [the model's input size]")
+    add("--window", type=int, metavar="PIXELS", help="side of a window; 0: the whole image at once [the protocol's]")
     add("--stride", type=int, metavar="PIXELS", help="from one window to the next [the protocol's]")
     add("--stride-trick", type=int, metavar="PIXELS",
         help="from one patch to the next: less than a patch gives finer maps, for more time [patch size]")
@@ -913,8 +1036,12 @@ def parse_args(argv=None):
         help="move the borders to those of the colours, by pixel-adaptive refinement [no]")
     add("--top-k", type=int, metavar="K",
         help="how many different words the regions of a window may get; more for crowded pictures [segclip: 5]")
+    add("--logit-scale", type=float, metavar="S",
+        help="inverse temperature of the softmax over the words; not of segclip, which has the model's [the protocol's]")
+    add("--area-threshold", type=float, metavar="SHARE",
+        help="leave out classes with a smaller share of the foreground; not of segclip [sclip on VOC: 0.1]")
     add("--background", "--background-threshold", dest="background_threshold", nargs="?", const=OWN, metavar="T",
-        help="pixels can be none of the words: where none reaches T, between 0 and 1 [the data set's; dense: 0.1; else 0.75]")
+        help="pixels can be none of the words: where none reaches T, between 0 and 1 [the protocol's]")
     add("--background-entropy", type=float, metavar="T",
         help="instead: where the entropy of the softmax over the words is more than T; PACL has 1.5 on VOC [no]")
     result = parser.add_argument_group("the result")
@@ -943,11 +1070,12 @@ def open_dataset(args, size):
     if (args.coherence or args.analyse) and (args.image or args.images and not args.labels_dir):
         raise InputError("--analyse and --coherence are for pictures with label maps")
     if args.classify:
-        for name in ("image", "images", "window", "short_side", "stride", "top_k", "refine", "analyse", "coherence"):
-            if getattr(args, name):
+        no = ("image", "images", "window", "short_side", "stride", "top_k", "logit_scale", "area_threshold", "refine")
+        for name in (*no, "analyse", "coherence"):
+            if getattr(args, name) is not None and getattr(args, name) is not False:
                 raise InputError(f"--{name.replace('_', '-')} cannot be had with --classify")
-        if args.protocol == "dense":
-            raise InputError("--protocol dense cannot be had with --classify; --templates can")
+        if args.protocol != "segclip":
+            raise InputError("--protocol cannot be had with --classify; --templates can")
         return ClassFolder(args.classify)
     if args.image or args.images:
         if not args.words and not args.classes:
@@ -973,17 +1101,23 @@ def check(args, settings, patch):
     """Raises InputError for flags that make no sense."""
     if (args.image or args.analyse or args.coherence) and dist.is_initialized():  # one cannot be shared, these need them all
         raise InputError("--image, --analyse and --coherence are for one process; start it with python, not torchrun")
-    for name in ("short_side", "window", "stride", "batch_size", "limit", "top_k"):
+    for name in ("short_side", "stride", "batch_size", "limit", "top_k"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise InputError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+    for name in ("logit_scale", "area_threshold"):
+        value = getattr(args, name)
+        if value is not None and settings.scoring == "regions":
+            raise InputError(f"--{name.replace('_', '-')}: --protocol {settings.protocol} has none")
+        if value is not None and not 0 <= value <= (1 if name == "area_threshold" else 1e4):
+            raise InputError(f"--{name.replace('_', '-')} {value}: out of range")
     if not 0 <= args.seed < 2**32 or args.workers < 0:
         raise InputError(f"--seed {args.seed} or --workers {args.workers}: out of range")
     if settings.stride_trick is not None and (settings.stride_trick < 1 or patch % settings.stride_trick):
         raise InputError(f"--stride-trick {settings.stride_trick}: must divide {patch}, the model's patch size")
-    if settings.window % patch or settings.stride > settings.window:
+    if settings.window < 0 or settings.window % patch or settings.window and settings.stride > settings.window:
         raise InputError(
-            f"--window {settings.window} must be a multiple of {patch}, the model's patch size, and --stride {settings.stride} "
+            f"--window {settings.window} must be 0 or a multiple of {patch}, the model's patch size, and --stride {settings.stride} "
             "not more than it"
         )
 
@@ -1045,7 +1179,7 @@ def label_and_score(args, rank, world, device):
     if args.checkpoint == DEFAULT_CHECKPOINT:
         trained("segclip")
     path = fetch(args.checkpoint) if args.checkpoint in MODELS else args.checkpoint
-    model = load_model(path, args.readout).to(device).eval()
+    model = load_model(path, args.readout, args.activation).to(device).eval()
     tokenizer = load_tokenizer(path, args.vocabulary)
     if tokenizer.vocab_size != model.config.vocab_size:
         raise InputError(
@@ -1135,7 +1269,7 @@ class Task(NamedTuple):
 
     def load(self, indices):
         """These pictures, as Segmenter takes them; process 0 tells how far it is."""
-        pictures = raised(in_parallel(ResizedPictures(self.dataset, self.segmenter.settings), self.args.workers, indices))
+        pictures = raised(in_parallel(ResizedPictures(self.dataset, self.segmenter.settings, self.segmenter.model.visual.patch_size), self.args.workers, indices))
         return progress(pictures, len(indices), "pictures") if self.rank == 0 else pictures
 
     def sum(self, counts):
@@ -1236,7 +1370,7 @@ def report(metrics):
 
 def show_picture(task):
     """Write what the model sees in one picture, and print how much of it each word is."""
-    ((sample, (label, regions, scores, _)),) = task.segmenter(task.load([0]))
+    ((sample, (label, regions, _, scores, _)),) = task.segmenter(task.load([0]))
     words, output, palette = task.words, task.output, word_colours(task.words)
     share = np.bincount(label.ravel(), minlength=len(words)) / label.size
     order = [c for c in np.argsort(-share) if share[c] > 0]

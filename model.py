@@ -35,10 +35,12 @@ class Config:
     vocab_size: int = 49408  # the tokenizer's
     text_width: int = 512  # D of the text encoder
     text_layers: int = 12  # its blocks
+    activation: str = "quick_gelu"  # of CLIP's MLPs: quick_gelu in OpenAI's weights, gelu in LAION's and DataComp's
     # What SegCLIP adds (Section 3.2):
     first_stage_layers: int = 10  # blocks before the semantic group module
     num_centers: int = 8  # L: at most so many regions in a picture
     cross_layers: int = 2  # times that the centers look at the patches before the assignment (Eq. 1)
+    center_std: float = 0.02  # standard deviation of the centers at the start
     gumbel_tau: float = 0.9  # temperature of the assignment in training (Eq. 2): the higher, the softer its gradient
     mask_ratio: float = 0.75  # share of the patches that the reconstruction hides
     decoder_layers: int = 3  # blocks of the MAE decoder
@@ -46,9 +48,12 @@ class Config:
     patch_scale: float = 10.0  # multiplies the cosines before the softmax over the patches: the higher, the fewer count
 
     def __post_init__(self):
+        may_be_zero = ("first_stage_layers", "cross_layers", "center_std", "decoder_layers")
         for name, value in vars(self).items():
-            if value < 0 or value == 0 and name not in ("first_stage_layers", "cross_layers", "decoder_layers"):
+            if name != "activation" and (value < 0 or value == 0 and name not in may_be_zero):
                 raise ValueError(f"{name} is {value}, which is too small")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation is {self.activation}; there are {', '.join(ACTIVATIONS)}")
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
         if self.vision_width % 64 or self.text_width % 64:
@@ -68,6 +73,9 @@ class QuickGELU(nn.Module):
 
     def forward(self, x):
         return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS = {"quick_gelu": QuickGELU, "gelu": nn.GELU}
 
 
 class Attention(nn.Module):
@@ -120,9 +128,11 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    def __init__(self, width, layers):
+    def __init__(self, width, layers, activation="quick_gelu"):
         super().__init__()
-        self.resblocks = nn.ModuleList(Block(width, width // 64) for _ in range(layers))
+        self.resblocks = nn.ModuleList(
+            Block(width, width // 64, ACTIVATIONS[activation]) for _ in range(layers)
+        )
 
     def forward(self, x, causal=False):
         for block in self.resblocks:
@@ -145,7 +155,7 @@ class VisionTransformer(nn.Module):
         self.class_embedding = nn.Parameter(width**-0.5 * torch.randn(width))
         self.positional_embedding = nn.Parameter(width**-0.5 * torch.randn(1 + num_patches, width))
         self.ln_pre = nn.LayerNorm(width)
-        self.transformer = Transformer(width, config.vision_layers)
+        self.transformer = Transformer(width, config.vision_layers, config.activation)
         self.ln_post = nn.LayerNorm(width)
         self.proj = nn.Parameter(width**-0.5 * torch.randn(width, config.embed_dim))
 
@@ -195,7 +205,7 @@ class CLIP(nn.Module):
         self.config = config
         width = config.text_width
         self.visual = VisionTransformer(config)
-        self.transformer = Transformer(width, config.text_layers)
+        self.transformer = Transformer(width, config.text_layers, config.activation)
         self.token_embedding = nn.Embedding(config.vocab_size, width)
         self.positional_embedding = nn.Parameter(0.01 * torch.randn(config.context_length, width))
         self.ln_final = nn.LayerNorm(width)
@@ -245,7 +255,7 @@ def read_out(block, x, readout, grid):
     """CLIP's last block, in ways it was not trained in: [B, 1 + N, D] -> [B, 1 + N, D]. As it was trained, a patch looks at what
     the whole picture needs; so each of these lets it look at itself or its like. Raises ValueError for any other:
 
-    maskclip (Zhou et al., ECCV 2022): a token looks at itself alone. No residual, no MLP.
+    maskclip (Zhou et al., ECCV 2022): a token looks at itself alone.
     sclip (Wang et al., ECCV 2024): queries look at queries, and keys at keys, each as alike as they are; both are added.
     clearclip (Lan et al., ECCV 2024): queries at queries. No residual, no MLP, which hold what is the same all over the picture.
     naclip (Hajimiri et al., WACV 2025): keys at keys, and all the more the nearer. No residual, no MLP.
@@ -269,10 +279,10 @@ def read_out(block, x, readout, grid):
     else:
         raise ValueError(f"readout {readout}: there are {', '.join(READOUTS)}")
     y = attn.out_proj(y.transpose(1, 2).flatten(2))  # [B, heads, 1 + N, D/heads] -> [B, 1 + N, D]
-    if readout == "sclip":
-        x = x + y
-        return x + block.mlp(block.ln_2(x))
-    return y
+    if readout in ("clearclip", "naclip"):
+        return y
+    x = x + y
+    return x + block.mlp(block.ln_2(x))
 
 
 def nearness(rows, columns, device=None, sigma=5.0):
@@ -291,6 +301,21 @@ def init_blocks(blocks):
         nn.init.normal_(block.mlp.c_proj.weight, std=width**-0.5 * (2 * len(blocks)) ** -0.5)
         for bias in (block.attn.out_proj.bias, block.mlp.c_fc.bias, block.mlp.c_proj.bias):
             nn.init.zeros_(bias)
+
+
+def init_weights(module):
+    """The start of what SegCLIP adds to CLIP, as in the authors' program; for `nn.Module.apply`.
+
+    It decides how training begins. Centers this small score all patches nearly alike, so that at first the Gumbel noise
+    assigns them and every center gets a gradient. Centers of standard deviation 1 begin with a nearly saturated
+    assignment (Config.center_std). What torch draws otherwise is left: the norms, and the projections to keys and values.
+    """
+    if isinstance(module, nn.Linear):
+        nn.init.normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)
+    elif isinstance(module, Attention):
+        nn.init.xavier_uniform_(module.in_proj_weight)
+        nn.init.zeros_(module.in_proj_bias)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -342,8 +367,7 @@ class SemanticGroup(nn.Module):
     def __init__(self, config):
         super().__init__()
         width, heads, self.tau = config.vision_width, config.vision_width // 64, config.gumbel_tau
-        # H_c. As large as normalised tokens are: when they begin small, cross-attention makes them all alike at once.
-        self.centers = nn.Parameter(torch.randn(config.num_centers, width))
+        self.centers = nn.Parameter(config.center_std * torch.randn(config.num_centers, width))  # H_c
         self.cross_blocks = nn.ModuleList(CrossBlock(width) for _ in range(config.cross_layers))
         self.ln_centers = nn.LayerNorm(width)
         self.ln_patches = nn.LayerNorm(width)
@@ -355,6 +379,7 @@ class SemanticGroup(nn.Module):
         self.ln_out = nn.LayerNorm(width)
         self.mlp = MLP(width, nn.GELU)
         self.activation = QuickGELU()
+        self.apply(init_weights)
 
     def forward(self, patches, gumbel_noise=None):
         """-> regions [B, L, D], M [B, N, L], soft [B, N, L]. In training, None draws the Gumbel noise."""
@@ -390,6 +415,7 @@ class ReconstructionLayer(nn.Module):
         super().__init__()
         self.linear = nn.Linear(config.num_centers, config.num_centers)
         self.activation = QuickGELU()
+        self.apply(init_weights)
 
     def forward(self, M, regions):
         return self.activation(self.linear(M) @ regions)
@@ -406,6 +432,12 @@ class MAEDecoder(nn.Module):
         self.blocks = nn.ModuleList(Block(width, 8, nn.GELU) for _ in range(config.decoder_layers))
         self.norm = nn.LayerNorm(width)
         self.pixels = nn.Linear(width, 3 * config.patch_size**2)
+        for module in self.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.eps = 1e-6  # as in MAE
+        self.apply(init_weights)
+        for block in self.blocks:  # MAE's queries, keys and values come from one nn.Linear
+            nn.init.normal_(block.attn.in_proj_weight, std=0.02)
 
     def forward(self, x, restore, grid):
         """x [B, 1 + V, D], a global token then the visible ones; restore [B, N] their places -> [B, N, P*P*3]."""
@@ -497,7 +529,7 @@ class SegCLIP(OnCLIP):
         self.group = SemanticGroup(config)
         self.reconstruction_layer = ReconstructionLayer(config)
         num_last = config.vision_layers - config.first_stage_layers
-        self.reconstruction_blocks = nn.ModuleList(Block(width, heads) for _ in range(num_last))
+        self.reconstruction_blocks = nn.ModuleList(Block(width, heads) for _ in range(num_last)).apply(init_weights)
         self.decoder = MAEDecoder(config)
         # SegCLIP has no class token: the image feature is the maximum over the regions.
         self.visual.class_embedding.requires_grad_(False)

@@ -138,7 +138,7 @@ RECIPES = {  # the defaults, by --recipe and --method
     },
 }
 SIZES = [field for field in dataclasses.fields(Config) if field.name != "vocab_size"]  # that one is the tokenizer's
-ADDED = ("first_stage_layers", "num_centers", "cross_layers", "gumbel_tau", "mask_ratio", "decoder_layers")
+ADDED = ("num_centers", "cross_layers", "center_std", "gumbel_tau", "mask_ratio", "decoder_layers")
 # What the authors' program does not train when it starts from CLIP (the class token is not used at all).
 FROZEN = (
     *("clip.visual.conv1.", "clip.visual.positional_embedding", "clip.visual.ln_pre."),
@@ -219,7 +219,7 @@ def parse_args(argv=None):
     add("--clip-lr", type=float, metavar="LR",
         help="the same for the text encoder and the image blocks before the group module [--lr; paper: 4e-6]")
     add("--warmup", type=float, metavar="SHARE", help="of the steps in which the rates rise [%(default)s]")
-    add("--weight-decay", type=float, default=0.05, metavar="W", help="of matrices; vectors have none [%(default)s]")
+    add("--weight-decay", type=float, default=0.05, metavar="W", help="of everything but biases [%(default)s]")
     add("--crop-scale", type=float, metavar="SHARE", help="of a picture that a crop has at least [%(default)s]")
     add("--superpatch", choices=("floor", "majority"), default="floor",
         help="rule for patches between superpixels: the paper's, or the id that most pixels have [%(default)s]")
@@ -287,7 +287,7 @@ def check(args, world):
         raise InputError("--nouns synthetic: the words of the scenes, which are not in --data; --nouns FILE, or none")
     if args.from_scratch and args.init:
         raise InputError("--from-scratch or --init, not both")
-    of_segclip = (*ADDED, "clip_lr", "reconstruction_weight", "superpixel_weight")
+    of_segclip = ("first_stage_layers", *ADDED, "clip_lr", "reconstruction_weight", "superpixel_weight")
     of_pacl = ("patch_scale", "image_encoder")
     unread = {"segclip": of_pacl, "clip": of_segclip + of_pacl, "pacl": (*of_segclip, "from_scratch", "freeze")}
     for name in unread[args.method]:
@@ -338,15 +338,18 @@ def build_model(args, vocab_size):
     config = dataclasses.replace(choose_sizes(args), vocab_size=vocab_size)
     try:
         if args.method == "clip":
-            model = DenseCLIP(load_clip(args.init) if args.init else CLIP(config))
+            model = DenseCLIP(load_clip(args.init, args.activation) if args.init else CLIP(config))
         elif args.method == "pacl":
-            clip = load_clip(args.init)
+            clip = load_clip(args.init, args.activation)
             clip.config = dataclasses.replace(clip.config, patch_scale=config.patch_scale)
             model = PACL(clip, load_dino(args.image_encoder) if args.image_encoder else None)
         elif args.init is None:
             model = SegCLIP(config)
         else:
-            model = load_segclip(args.init, **{name: getattr(config, name) for name in ADDED})
+            added = {name: getattr(config, name) for name in ADDED}
+            if args.first_stage_layers is not None:  # else it follows from the CLIP's depth
+                added["first_stage_layers"] = args.first_stage_layers
+            model = load_segclip(args.init, args.activation, **added)
     except ValueError as error:
         raise InputError(str(error)) from None
     for field in SIZES:
@@ -450,8 +453,7 @@ def parameter_groups(model, args):
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             lr = clip_lr if name.startswith("clip.") and not name.startswith(late) else args.lr
-            # Matrices decay, vectors do not. (The authors meant to, but look for a name that no parameter has.)
-            decay = args.weight_decay if parameter.dim() >= 2 else 0.0
+            decay = 0.0 if name.endswith("bias") else args.weight_decay  # as in the authors' program
             groups.setdefault((lr, decay), []).append(parameter)
     return [{"params": p, "lr": lr, "peak_lr": lr, "weight_decay": decay} for (lr, decay), p in sorted(groups.items())]
 
@@ -742,6 +744,7 @@ def main(argv=None):
         args.precision = "bf16" if known else "fp16"
     if device.type == "cuda" and args.precision != "fp32":
         torch.set_float32_matmul_precision("high")  # TF32 for what is not in half precision
+        torch.backends.cudnn.allow_tf32 = True
 
     run = Run(args, device, rank, world)
     model, config, start = run.model, run.model.config, run.step

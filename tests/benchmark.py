@@ -75,12 +75,8 @@ class AuthorsArrangement(Segmenter):
     """Our code in the order of the authors' program: windows one by one, and the encoder twice for each."""
 
     def encode(self, crops):
-        parts = []
-        for crop in crops:
-            for _ in range(2):
-                encoding = self.model.encode_image(crop[None])
-            parts.append(encoding)
-        return type(parts[0])(*(torch.cat(fields) for fields in zip(*parts)))
+        super().encode(crops)
+        return super().encode(crops)
 
 
 @torch.inference_mode()
@@ -89,14 +85,14 @@ def evaluate(args):
     model = SegCLIP(Config()).eval()
     model.clip.logit_scale.data.fill_(np.log(100))
     dataset = SegmentationFolder("pascal_voc", PHOTOGRAPHS)
-    settings = Settings("segclip", [[word] for word in dataset.words], 1, 224, 224, 224, top_k=5)
+    settings = Settings("segclip", "regions", [[word] for word in dataset.words], 1, 224, 224, 224, top_k=5)
     text, owner = F.normalize(torch.randn(20, 512), dim=-1), torch.arange(20)
     ways = {
         "(a) as the authors, fp32": AuthorsArrangement(model, text, owner, settings, batch_size=1),
         "(b) ours, fp32": Segmenter(model, text, owner, settings),
         "(c) ours, bf16": Segmenter(model, text, owner, settings, bf16=True),
     }
-    pictures = [ResizedPictures(dataset, settings)[i] for i in range(len(dataset))]
+    pictures = [ResizedPictures(dataset, settings, 16)[i] for i in range(min(len(dataset), args.pictures))]
     times, labels, encoding = {way: [] for way in ways}, {}, {way: [] for way in ways}
     for way, segmenter in ways.items():  # how much of the time is the encoder's
         segmenter.encode = timed(segmenter.encode, encoding[way])
@@ -412,6 +408,7 @@ def pacl(args):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("what", choices=["evaluate", "train", "loader", "pacl"])
+    parser.add_argument("--pictures", type=int, default=6, help="of evaluate [%(default)s]")
     parser.add_argument("--rounds", type=int, default=5, help="measured runs of each way [%(default)s]")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="of train [%(default)s]")
     parser.add_argument("--batch-sizes", type=int, nargs="+", help="of train [cpu: 8; cuda: 256 512 768 1024]")

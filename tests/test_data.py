@@ -145,6 +145,15 @@ def test_crops_keep_at_least_their_share():
     assert min(sizes) > 0.45 and max(sizes) > 0.9 and np.std(sizes) > 0.05
 
 
+@pytest.mark.parametrize("height, width", [(8, 200), (200, 8)])
+def test_where_no_crop_fits_it_is_the_middle(height, width):
+    """As torchvision's RandomResizedCrop, which the authors use: as much as the ratio 4 to 3 allows."""
+    rows, columns = np.mgrid[:height, :width]
+    picture = np.stack([rows, columns, columns], axis=-1).astype(np.uint8)
+    _, labels = random_resized_crop(picture, rows + columns, 64, np.random.RandomState(0), scale=0.5)
+    assert labels.min() == (200 - 11) // 2 and np.ptp(labels) == 11 - 1 + 8 - 1
+
+
 def test_a_whole_crop_changes_nothing():
     sample = SyntheticScenes(64)[0]
     segments = superpixels(sample.picture, 64, 8)

@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 import evaluate
 from clip_loader import InputError, Tokenizer, load_model, load_segclip, load_tokenizer, save_checkpoint
 from conftest import GOLDEN, TINY, recorder
-from data import BENCHMARKS, VOC, Sample, SyntheticScenes, resize_bilinear, voc_palette
+from data import BENCHMARKS, VOC, Sample, SyntheticScenes, normalise, resize_bilinear, voc_palette
 from evaluate import (
     Analysis,
     Result,
@@ -38,6 +39,7 @@ from evaluate import (
     region_scores,
     resized,
     roc,
+    upsample,
     window_starts,
     with_legend,
     word_colours,
@@ -98,17 +100,34 @@ def test_region_scores_by_hand():
 
 
 def test_pixel_regions_by_hand():
-    assert pixel_regions(encoding_by_hand(), 4, (2, 2)).tolist() == [[[0, 0, 1, 1]] * 4]
+    assert pixel_regions(encoding_by_hand(), (4, 4), (2, 2), 2, 2).tolist() == [[[0, 0, 1, 1]] * 4]
 
 
 def test_pixels_of_patches_by_hand():
     """Where each patch is a region of its own, scores are interpolated between them."""
     encoding = encoding_by_hand()._replace(regions=torch.zeros(1, 4, 2), hard=None, soft=None)
-    regions = pixel_regions(encoding, 4, (2, 2))
+    regions = pixel_regions(encoding, (4, 4), (2, 2), 2, 2)
     assert regions.tolist() == [[[0, 0, 1, 1]] * 2 + [[2, 2, 3, 3]] * 2]
     scores = torch.tensor([[0.0, 4.0], [1.0, 4.0], [0.0, 4.0], [1.0, 4.0]])  # [L, channels]
     assert pixel_scores(scores, regions[0]).tolist() == [[[0.0, 0.0, 1.0, 1.0]] * 4, [[4.0] * 4] * 4]
-    assert pixel_scores(scores, regions[0], (2, 2)).tolist() == [[[0.0, 0.25, 0.75, 1.0]] * 4, [[4.0] * 4] * 4]
+    between = upsample(scores.T.view(1, 2, 2, 2), (4, 4), 2, 2)[0]
+    assert between.tolist() == [[[0.0, 0.25, 0.75, 1.0]] * 4, [[4.0] * 4] * 4]
+
+
+def test_the_map_of_the_stride_trick_lies_where_its_patches_lie():
+    """Patches of 16 at a stride of 4, in an image of 224: the center of the k-th is at 7.5 + 4 k."""
+    position = torch.arange(224.0)
+    for k in range(53):
+        column = upsample(F.one_hot(torch.tensor(k), 53).float().view(1, 1, 1, 53).expand(-1, -1, 53, -1), (224, 224), 16, 4)
+        row = column[0, 0, 100]
+        assert torch.equal(column[0, 0], row.expand(224, 224))
+        assert (row[:6] == row[5]).all() and (row[-6:] == row[-6]).all()  # the margin repeats the outermost patch,
+        row = torch.cat([torch.zeros(6), row[6:-6], torch.zeros(6)])  # which has no center there
+        assert abs((row * position).sum() / row.sum() - (7.5 + 4 * k)) < 0.5, k
+        encoding = encoding_by_hand()._replace(regions=torch.zeros(1, 53 * 53, 2), hard=None, soft=None)
+    regions = pixel_regions(encoding, (224, 224), (53, 53), 16, 4)[0]
+    nearest = ((position - 7.5) / 4).round().clamp(0, 52).long()
+    assert torch.equal(regions, nearest[:, None] * 53 + nearest)
 
 
 @pytest.mark.parametrize(
@@ -130,7 +149,7 @@ def test_a_class_is_where_its_best_word_is():
 
 def settings_for(size=16, **changes):
     defaults = dict(classes=[["a"], ["b"]], templates=1, short_side=size, window=size, stride=size, top_k=5)
-    others = dict(protocol="segclip", logit_scale=None, background_threshold=None, area_threshold=None)
+    others = dict(protocol="", scoring="regions", logit_scale=None, background_threshold=None, area_threshold=None)
     return Settings(**(defaults | others | changes))
 
 
@@ -138,17 +157,17 @@ def test_dense_labels_by_hand():
     """Three classes, the first two words of which are the background's; four pixels in a row."""
     cosines = torch.log(torch.tensor([[1, 2, 2, 1], [1, 3, 1, 1], [1, 1, 6, 7], [1, 4, 1, 1]]) / 10)[:, None]
     owner = torch.tensor([0, 0, 1, 2])
-    s = settings_for(protocol="dense", classes=[["x", "y"], ["a"], ["b"]], logit_scale=1.0)
+    s = settings_for(scoring="cosines", classes=[["x", "y"], ["a"], ["b"]], logit_scale=1.0)
     scores, label = dense_labels(cosines, owner, s)
     expected = torch.tensor([[0.25, 0.3, 0.2, 0.1], [0.25, 0.1, 0.6, 0.7], [0.25, 0.4, 0.1, 0.1]])
     assert torch.allclose(scores[:, 0], expected)
     assert label.tolist() == [[0, 2, 1, 1]]
     _, label = dense_labels(
-        cosines, owner, settings_for(protocol="dense", classes=s.classes, logit_scale=1.0, background_threshold=0.5)
+        cosines, owner, settings_for(scoring="cosines", classes=s.classes, logit_scale=1.0, background_threshold=0.5)
     )
     assert label.tolist() == [[0, 0, 1, 1]]
     # Of three foreground pixels, one is the last class: less than 0.4 of them.
-    s = settings_for(protocol="dense", classes=s.classes, logit_scale=1.0, area_threshold=0.4)
+    s = settings_for(scoring="cosines", classes=s.classes, logit_scale=1.0, area_threshold=0.4)
     assert dense_labels(cosines, owner, s)[1].tolist() == [[0, 0, 1, 1]]
 
 
@@ -157,19 +176,19 @@ def test_background_by_entropy_by_hand():
     p = torch.tensor([[0.8, 0.8, 0.1, 0.5], [0.1, 0.8, 0.8, 0.1], [0.2, 0.2, 0.2, 0.5]])  # of a class by its best word
     cosines, owner = (p.log() / 10)[:, None], torch.tensor([0, 0, 1])
     nats = -(0.8 * math.log(0.8) + 0.2 * math.log(0.2))  # 0.5004, and ln 2 = 0.6931
-    dense = dict(protocol="dense", classes=[["x", "y"], ["a"]], logit_scale=10.0)
+    dense = dict(scoring="cosines", classes=[["x", "y"], ["a"]], logit_scale=10.0)
     for threshold, expected in ((nats + 1e-4, [1, 1, 1, 0]), (nats - 1e-4, [0] * 4), (math.log(2) + 1e-4, [1, 1, 1, 1])):
         scores, label = dense_labels(cosines, owner, settings_for(**dense, background_entropy=threshold))
         assert label.tolist() == [expected] and scores.shape == (3, 1, 4)
         assert (scores[0, 0] == (torch.tensor(expected) == 0)).all()
     # Background is no part of the foreground, of which the second class has less than 0.4.
     p = torch.tensor([[0.8, 0.5, 0.8, 0.2, 0.5, 0.5], [0.2, 0.5, 0.2, 0.8, 0.5, 0.5]])
-    s = settings_for(protocol="dense", logit_scale=1.0, background_entropy=0.6, area_threshold=0.4)
+    s = settings_for(scoring="cosines", logit_scale=1.0, background_entropy=0.6, area_threshold=0.4)
     assert dense_labels(p.log()[:, None], torch.arange(2), s)[1].tolist() == [[1, 0, 1, 1, 0, 0]]
 
 
-@pytest.mark.parametrize("protocol", ["segclip", "dense"])
-def test_background_by_entropy_in_both_protocols(protocol):
+@pytest.mark.parametrize("scoring", ["regions", "cosines"])
+def test_background_by_entropy_for_both_scores(scoring):
     """Regions along the words, one of which is further away: entropies of softmax((s, 0)) and softmax((s / 2, 0))."""
 
     class Shades(Stripes):
@@ -186,7 +205,7 @@ def test_background_by_entropy_in_both_protocols(protocol):
 
     found = {}
     for threshold in (nats(s) / 2, (nats(s) + nats(s / 2)) / 2, nats(s / 2) * 2):
-        settings = settings_for(protocol=protocol, logit_scale=s, background_entropy=threshold)
+        settings = settings_for(scoring=scoring, logit_scale=s, background_entropy=threshold)
         segmenter = Segmenter(Shades(), torch.eye(3)[:2], torch.arange(2), settings)
         [(_, result)] = segmenter([seen(halves((16, 16)), settings)])
         assert result.scores.shape == (3, 16, 16)
@@ -223,18 +242,21 @@ def halves(shape):
 
 
 def seen(sample, settings):
-    height, width = resized(*sample.picture.shape[:2], settings.short_side, settings.window)
+    height, width = resized(*sample.picture.shape[:2], settings.short_side, settings.window or 4)
     return sample, resize_bilinear(sample.picture, height, width)
 
 
 @pytest.mark.parametrize("shape", [(16, 16), (32, 90), (100, 40), (16, 320), (320, 16)])
-@pytest.mark.parametrize("protocol", ["segclip", "dense"])
-def test_windows_are_put_back_where_they_came_from(shape, protocol):
+@pytest.mark.parametrize("scoring", ["regions", "cosines", "whole regions", "whole cosines"])
+def test_windows_are_put_back_where_they_came_from(shape, scoring):
     """A bright half and a dark half, whatever the size: each is labelled to within a patch of the border."""
-    settings = settings_for(protocol=protocol, logit_scale=40, stride=8 if protocol == "dense" else 16)
+    whole, scoring = scoring.startswith("whole"), scoring.split()[-1]
+    settings = settings_for(scoring=scoring, logit_scale=40, stride=8 if scoring == "cosines" else 16)
+    settings.window *= not whole
     segmenter = Segmenter(Stripes(), WORDS, torch.arange(2), settings)
-    [(_, (label, regions, scores, _))] = segmenter([seen(halves(shape), settings)])
-    assert label.shape == shape and min(regions.shape) == 16 and scores.shape == (2, *shape)
+    [(_, (label, regions, size, scores, _))] = segmenter([seen(halves(shape), settings)])
+    assert label.shape == shape and min(size) == 16 and scores.shape == (2, *shape)
+    assert regions.shape == (shape if whole else size)
     label = label if shape[0] > shape[1] else label.T
     half, border = len(label) // 2, -(-4 * min(shape) // 16)
     assert (label[: half - border] == 0).all() and (label[half + border :] == 1).all()
@@ -456,12 +478,12 @@ def test_what_an_analysis_finds_in_a_picture():
     regions = np.array([[0, 0, 0, 1]] * 4)  # the first region takes a quarter of the right half
     scores = torch.zeros(3, 4, 4)
     scores[0, :, :2], scores[2, :, 2:], scores[1, 0, 2] = 1, 1, 2  # the right half is 2, but for one pixel
-    settings = Settings("segclip", [["a"], ["b"], ["c"]], 1, 4, 4, 4, top_k=1)
+    settings = Settings("segclip", "regions", [["a"], ["b"], ["c"]], 1, 4, 4, 4, top_k=1)
     model = argparse.Namespace(config=dataclasses.replace(TINY, patch_size=2))
     segmenter = argparse.Namespace(model=model, text=torch.eye(3), owner=torch.arange(3), settings=settings)
     analysis = Analysis(3, segmenter, None)
     result = np.array([[0, 0, 0, 1], [0, 0, 1, 1], [0, 0, 0, 0], [0, 0, 0, 1]], np.uint8)  # right in three patches of four
-    analysis.add(Sample(None, label, "", ""), Result(result, regions, scores, torch.tensor([[0.0, 5, 1]])))
+    analysis.add(Sample(None, label, "", ""), Result(result, regions, (4, 4), scores, torch.tensor([[0.0, 5, 1]])))
     ceiling, grouped, named, purity, patches, right, found, captions, number = analysis.summary().values()
     assert ceiling == 1
     assert grouped == pytest.approx((8 / 12 + 4 / 8) / 2) and purity == 12 / 16 and patches == 3 / 4
@@ -524,7 +546,7 @@ def test_coherence_needs_two_classes(checkpoint, tmp_path, capsys):
 def test_background_by_entropy(voc, checkpoint, tmp_path):
     flags = ("--dataset", "pascal_voc", "--data-root", voc, "--checkpoint", checkpoint, "--output", tmp_path, "--workers", 0)
     found = {}
-    for protocol in ("segclip", "dense"):
+    for protocol in ("segclip", "sclip"):
         for threshold in (0, 9):  # always more than the one, never more than the other: ln 20 = 3.0
             run(*flags, "--background-entropy", threshold, "--protocol", protocol, "--templates", 1)
             metrics = json.loads((tmp_path / "metrics.json").read_text())
@@ -873,21 +895,24 @@ def test_every_benchmark_in_its_folders(case, checkpoint, tmp_path):
     found = {key.removesuffix("_leftImg8bit"): value for key, value in found.items()}
     assert found.keys() == truth.keys()
     assert metrics["mIoU"] == pytest.approx(independent_miou(found, truth, len(metrics["IoU"])))
-    assert metrics["pictures"] == 2 and metrics["background_threshold"] == BENCHMARKS[name].background_threshold
+    assert metrics["pictures"] == 2 and metrics["background_threshold"] == THRESHOLDS.get(name)
     assert len(set(metrics["IoU"].values())) > 1
+
+
+THRESHOLDS = {"pascal_voc": 0.75, "pascal_context": 0.25, "coco_object": 0.65}  # Section 3.1
 
 
 class HalfRight:
     """Stands in for a Segmenter: labels the upper half of a picture as it should be, and all the rest sky."""
 
     def __init__(self, model, text, owner, settings, *_):
-        self.text, self.settings = text, settings
+        self.model, self.text, self.settings = model, text, settings
 
     def __call__(self, pictures):
         for sample, seen in pictures:
             prediction = np.where(sample.label == 255, 2, sample.label).astype(np.uint8)
             prediction[len(prediction) // 2 :] = 2
-            yield sample, Result(prediction, np.zeros(seen.shape[:2], int), None, None)
+            yield sample, Result(prediction, np.zeros(seen.shape[:2], int), seen.shape[:2], None, None)
 
 
 def test_three_photographs_of_ade20k(checkpoint, tmp_path, monkeypatch):
@@ -925,34 +950,84 @@ def test_a_value_that_is_no_class(checkpoint, tmp_path):
         assert str(path) in message and "151" in message
 
 
-def test_the_dense_protocol(checkpoint, tmp_path):
+# Of each protocol on each data set, from its authors' configuration files: short side, window, stride (at 224 pixels),
+# templates, logit scale, background threshold, area threshold, number of words.
+PUBLISHED_SETTINGS = {
+    ("segclip", "pascal_voc"): (224, 224, 224, 1, None, 0.75, None, 20),
+    ("segclip", "pascal_context"): (224, 224, 224, 1, None, 0.25, None, 59),
+    ("segclip", "coco_object"): (224, 224, 224, 1, None, 0.65, None, 80),
+    ("segclip", "ade20k"): (224, 224, 224, 1, None, None, None, 150),
+    ("sclip", "pascal_voc"): (336, 224, 112, 80, 65, 0.1, 0.1, 56),
+    ("sclip", "pascal_voc20"): (336, 224, 112, 80, 40, None, None, 30),
+    ("sclip", "pascal_context"): (336, 224, 112, 80, 50, 0.1, None, 60),
+    ("sclip", "pascal_context59"): (336, 224, 112, 80, 40, None, None, 59),
+    ("sclip", "coco_object"): (336, 224, 112, 80, 50, 0.1, None, 113),
+    ("sclip", "coco_stuff"): (448, 224, 112, 80, 40, None, None, 171),
+    ("sclip", "ade20k"): (336, 224, 112, 80, 40, None, None, 150),
+    ("sclip", "cityscapes"): (560, 224, 112, 80, 40, None, None, 19),
+    ("dense", "pascal_voc"): (336, 224, 112, 80, 65, 0.1, 0.1, 56),
+    ("naclip", "pascal_voc"): (336, 0, 112, 80, 40, 0.1, None, 56),
+    ("naclip", "pascal_voc20"): (336, 0, 112, 80, 40, None, None, 30),
+    ("naclip", "pascal_context"): (336, 224, 112, 80, 40, 0.1, None, 60),
+    ("naclip", "coco_object"): (336, 224, 112, 80, 40, 0.1, None, 113),
+    ("naclip", "coco_stuff"): (336, 224, 112, 80, 40, None, None, 171),
+    ("naclip", "cityscapes"): (560, 224, 112, 80, 40, None, None, 19),
+    ("clearclip", "pascal_voc"): (448, 448, 224, 80, 50, 0.5, None, 21),
+    ("clearclip", "pascal_context"): (448, 448, 224, 80, 50, 0.15, None, 60),
+    ("clearclip", "coco_object"): (448, 448, 224, 80, 50, 0.4, None, 81),
+    ("clearclip", "coco_stuff"): (448, 448, 224, 80, 50, None, None, 171),
+    ("clearclip", "cityscapes"): (448, 224, 224, 80, 50, None, None, 19),
+}
+
+
+@pytest.mark.parametrize("protocol, name", PUBLISHED_SETTINGS)
+def test_each_protocol_is_its_authors(protocol, name):
+    dataset = argparse.Namespace(words=BENCHMARKS[name].words, has_background=BENCHMARKS[name].has_background)
+    args = evaluate.parse_args(["--dataset", name, "--protocol", protocol])
+    s = evaluate.choose_settings(args, dataset, 224)
+    numbers = (s.short_side, s.window, s.stride, s.templates, s.logit_scale, s.background_threshold, s.area_threshold)
+    assert (*numbers, sum(map(len, s.classes))) == PUBLISHED_SETTINGS[protocol, name]
+    assert s.scoring == ("regions" if protocol == "segclip" else "cosines")
+    if protocol == "clearclip" and name == "pascal_voc":
+        words = [word for [word] in s.classes]
+        assert words[0] == "background" and {"ship", "pottedplant", "tvmonitor", "person", "table"} < set(words)
+    flags = "--short-side 300 --window 64 --stride 32 --templates 7 --background 0.3 --stride-trick 4".split()
+    flags += [] if protocol == "segclip" else ["--logit-scale", "10", "--area-threshold", "0.2"]
+    args = evaluate.parse_args(["--dataset", name, "--protocol", protocol, *flags])
+    dataset.has_background = True
+    s = evaluate.choose_settings(args, dataset, 224)
+    assert (s.short_side, s.window, s.stride, s.templates, s.stride_trick) == (300, 64, 32, 7, 4)
+    assert s.background_threshold == 0.3 and s.logit_scale in (None, 10)
+
+
+def test_sclips_protocol_from_files(checkpoint, tmp_path):
     make_tree(tmp_path, "voc")
-    run(
-        "--dataset",
-        "pascal_voc",
-        "--data-root",
-        tmp_path,
-        "--checkpoint",
-        checkpoint,
-        "--output",
-        tmp_path / "o",
-        "--protocol",
-        "dense",
-    )
+    flags = ["--dataset", "pascal_voc", "--data-root", tmp_path, "--checkpoint", checkpoint, "--output", tmp_path / "o"]
+    run(*flags, "--protocol", "sclip")
     metrics = json.loads((tmp_path / "o/metrics.json").read_text())
-    assert (metrics["short_side"], metrics["window"], metrics["stride"]) == (
-        48,
-        32,
-        16,
-    )  # 336, 224, 112, for a model of 32 pixels
-    assert (
-        metrics["templates"],
-        metrics["logit_scale"],
-        metrics["background_threshold"],
-        metrics["area_threshold"],
-    ) == (80, 65, 0.1, 0.1)
+    assert (metrics["short_side"], metrics["window"], metrics["stride"]) == (48, 32, 16)  # for a model of 32 pixels
     assert len(metrics["classes"]) == 21 and len(metrics["classes"][0]) == 26 and "person in jeans" in metrics["classes"][15]
     assert list(metrics["IoU"]) == ["background", *VOC]
+    run(*flags, "--protocol", "naclip", "--refine", "pamr")  # whole images, 48 and 67 pixels wide: no multiple of 8
+    metrics = json.loads((tmp_path / "o/metrics.json").read_text())
+    assert metrics["window"] == 0 and metrics["protocol"] == "naclip"
+    assert "--protocol segclip has none" in fails(*flags, "--logit-scale", 3)
+    assert "out of range" in fails(*flags, "--protocol", "sclip", "--area-threshold", 3)
+    assert "--coherence needs windows" in fails(*flags, "--protocol", "naclip", "--coherence")
+
+
+def test_refinement_sees_the_picture_as_the_protocol_gives_it(monkeypatch):
+    """SCLIP's and NACLIP's programs enlarge the reduced and normalised image again; otherwise the picture itself serves."""
+    guides = []
+    monkeypatch.setattr(evaluate, "pamr", lambda scores, guide: guides.append(guide) or scores)
+    sample = halves((40, 60))
+    for scoring in ("cosines", "regions"):
+        settings = settings_for(scoring=scoring, logit_scale=40, refine="pamr")
+        pictures = [seen(sample, settings)]
+        list(Segmenter(Stripes(), WORDS, torch.arange(2), settings)(pictures))
+    reduced = normalise(torch.as_tensor(pictures[0][1]).permute(2, 0, 1))
+    torch.testing.assert_close(guides[0], F.interpolate(reduced[None], (40, 60), mode="bilinear")[0])
+    assert torch.equal(guides[1], torch.as_tensor(sample.picture).permute(2, 0, 1).float())
 
 
 def test_every_word_list_and_template():

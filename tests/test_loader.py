@@ -141,7 +141,7 @@ def openai_state(clip, half=False):
 
 def sizes(config):
     """The part of a Config that a CLIP has."""
-    new = ("first_stage_layers", "num_centers", "cross_layers", "gumbel_tau", "mask_ratio", "decoder_layers")
+    new = ("first_stage_layers", "num_centers", "cross_layers", "gumbel_tau", "mask_ratio", "decoder_layers", "center_std")
     return {name: value for name, value in dataclasses.asdict(config).items() if name not in new}
 
 
@@ -191,11 +191,53 @@ def test_our_checkpoint_is_itself_again(tiny, tmp_path):
 def test_a_clip_to_start_from(tiny_clip, tmp_path, capsys):
     torch.save(openai_state(tiny_clip), tmp_path / "clip.pt")
     for source in (tiny_clip, tmp_path / "clip.pt"):
-        model = load_segclip(source)
+        model = load_segclip(source, "quick_gelu")
         assert_same_weights(model.clip, tiny_clip)
         report = capsys.readouterr().err
         assert report.count("\n") == 1 and all(f"{part}." in report for part in ("group", "reconstruction_layer", "decoder"))
     assert model.config.first_stage_layers == TINY.vision_layers - 2
+
+
+@pytest.mark.parametrize("layers, before", [(24, 22), (12, 10), (3, 1), (2, 0), (1, 0)])
+def test_the_group_module_goes_before_the_last_two_blocks_of_any_clip(layers, before):
+    clip = CLIP(dataclasses.replace(TINY, vision_layers=layers, first_stage_layers=0))
+    model = load_segclip(clip)
+    assert model.config.first_stage_layers == before
+    assert len(model.reconstruction_blocks) == layers - before
+    assert load_segclip(clip, first_stage_layers=layers).config.first_stage_layers == layers  # unless a flag says otherwise
+
+
+def test_a_clip_of_another_activation_is_not_read_as_openais_in_silence(tiny_clip, tiny, tmp_path, capsys):
+    path = tmp_path / "laion.pt"
+    torch.save(tiny_clip.state_dict(), path)
+    assert load_clip(path).config.activation == "quick_gelu"
+    note = capsys.readouterr().err
+    assert str(path) in note and "--activation gelu" in note and note.count("\n") == 1
+    for load in (load_clip, lambda *args: load_model(args[0], "clip", args[1]), load_segclip):
+        model = load(path, "gelu")
+        assert model.config.activation == "gelu"
+        clip = model if isinstance(model, CLIP) else model.clip
+        assert isinstance(clip.visual.transformer.resblocks[0].mlp.gelu, torch.nn.GELU)
+    assert "--activation" not in capsys.readouterr().err
+    torch.save(openai_state(tiny_clip), path)  # OpenAI's archives name their sizes
+    load_clip(path)
+    assert capsys.readouterr().err == ""
+    save_checkpoint(path, DenseCLIP(model.clip))  # our own checkpoints hold their activation
+    assert load_clip(path).config.activation == "gelu" and capsys.readouterr().err == ""
+    for given, kind in (("quick_gelu", DenseCLIP(model.clip)), ("gelu", tiny)):
+        save_checkpoint(path, kind)
+        with pytest.raises(InputError) as error:
+            load_model(path, "clip", given)
+        assert_one_line(error, path, "was trained with --activation")
+
+
+def test_a_clip_whose_heads_are_not_openais_is_refused(tmp_path):
+    config = dataclasses.replace(TINY, vision_width=1280, vision_layers=1, first_stage_layers=0)
+    torch.save(CLIP(config).state_dict(), tmp_path / "vit_h.pt")
+    for load in (load_clip, load_model, load_segclip):
+        with pytest.raises(InputError) as error:
+            load(tmp_path / "vit_h.pt")
+        assert_one_line(error, tmp_path / "vit_h.pt", "width 1280", "heads")
 
 
 def test_what_is_in_a_file_decides_how_it_is_read(tiny, tiny_clip, tmp_path):
@@ -278,7 +320,7 @@ def test_the_authors_checkpoint_with_and_without_decoder(tmp_path, capsys):
     path = tmp_path / "segclip.bin"
     torch.save(weights, path)
     model = load_segclip(path)
-    expected = recipe["config"] | {"patch_scale": 10}
+    expected = recipe["config"] | {"patch_scale": 10, "activation": "quick_gelu", "center_std": 0.02}
     assert dataclasses.asdict(model.config) == expected
     assert capsys.readouterr().err == ""
     torch.save({name: tensor for name, tensor in weights.items() if not name.startswith("vis_mae")}, path)

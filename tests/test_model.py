@@ -26,6 +26,48 @@ def test_the_image_feature_is_the_maximum_over_the_regions():
     assert regions.grad.tolist() == [[[0, 0.5], [1, 0.5], [0, 0]]]  # those that tie share the gradient
 
 
+def test_training_starts_from_the_authors_weights():
+    """Statistics of the start that were measured on the authors' program, at the paper's sizes."""
+    torch.manual_seed(0)
+    model = SegCLIP(dataclasses.replace(Config(), vision_layers=3, first_stage_layers=2, text_layers=1, vocab_size=100))
+    group = model.group
+    assert 0.019 < group.centers.std() < 0.021
+    new = [group, model.reconstruction_layer, model.reconstruction_blocks, model.decoder]
+    linear = [m for part in new for m in part.modules() if isinstance(m, torch.nn.Linear)]
+    assert len(linear) == 23 and all(not m.bias.any() for m in linear)
+    assert all(abs(m.weight.std() - 0.02) < 1e-3 for m in linear if m.weight.numel() > 64)
+    for block in [*group.cross_blocks, *model.reconstruction_blocks]:  # Xavier's for queries, keys and values together
+        assert not block.attn.in_proj_bias.any()
+        assert abs(block.attn.in_proj_weight.abs().max() - math.sqrt(6 / (4 * 768))) < 1e-3
+    assert all(abs(block.attn.in_proj_weight.std() - 0.02) < 1e-3 for block in model.decoder.blocks)
+    assert all(m.eps == 1e-6 for m in model.decoder.modules() if isinstance(m, torch.nn.LayerNorm))
+
+    patches = torch.randn(8, 196, 768) + torch.randn(1, 1, 768)  # tokens of a ViT have much in common
+    with torch.no_grad():
+        centers = group.centers.expand(8, -1, -1)
+        for block in group.cross_blocks:
+            centers = block(centers, patches)
+        centers = group.ln_centers(centers)
+        scores = group.ln_keys(group.to_keys(group.ln_patches(patches).mT).mT) @ centers.mT  # [B, N, L]
+        p = ((scores + model.draw_noise(8, 196)["gumbel_noise"]) / 0.9).softmax(dim=-1)
+    unit = F.normalize(centers[0], dim=-1)
+    cosine = ((unit @ unit.T).sum() - 8) / 56
+    assert cosine.item() == pytest.approx(0.995, abs=0.003)  # with centers of standard deviation 1: 0.27
+    assert scores.std(dim=-1).mean().item() == pytest.approx(2.0, abs=0.4)  # 22.1
+    assert p.amax(dim=-1).mean().item() == pytest.approx(0.688, abs=0.03)  # 0.963
+    assert (p * (1 - p)).sum(dim=-1).mean().item() == pytest.approx(0.422, abs=0.05)  # 0.053
+
+
+def test_the_activation_of_clip_is_a_size_of_it(tiny_clip, batch):
+    image, text, _ = batch
+    gelu = CLIP(dataclasses.replace(TINY, activation="gelu"))
+    gelu.load_state_dict(tiny_clip.state_dict())
+    assert not torch.allclose(gelu.encode_image(image), tiny_clip.encode_image(image), atol=1e-4)
+    assert not torch.allclose(gelu.encode_text(text), tiny_clip.encode_text(text), atol=1e-4)
+    with pytest.raises(ValueError, match="activation is relu"):
+        Config(activation="relu")
+
+
 def test_a_row_of_a_batch_equals_the_picture_alone_in_training(tiny, batch):
     image, text, noise = batch
     tiny.train()
@@ -71,7 +113,6 @@ def test_training_draws_noise_and_evaluation_does_not(tiny, batch):
     image = batch[0]
     assert torch.equal(tiny.eval().encode_image(image).features, tiny.encode_image(image).features)
     tiny.train().group.tau = 1e3  # so that the noise decides
-    tiny.group.centers.data *= 1e-3
     assert not torch.equal(tiny.encode_image(image).features, tiny.encode_image(image).features)
 
 
@@ -211,7 +252,7 @@ def read_out_slowly(block, tokens, readout, rows, columns):
             if readout == "maskclip":
                 summed[i, part] = v[i]
     out = summed @ block.attn.out_proj.weight.T + block.attn.out_proj.bias
-    if readout in ("clip", "sclip"):
+    if readout in ("clip", "maskclip", "sclip"):
         out = tokens + out
         out = out + block.mlp(block.ln_2(out))
     return out

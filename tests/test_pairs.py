@@ -139,6 +139,9 @@ def test_texts_of_a_caption_and_its_nouns():
     assert counts.keys() == {caption, "a polar bear.", "the polar bear.", "a snow.", "the snow."}
     assert min(counts.values()) > 330
     assert {pairs.text("nothing of them", rng) for _ in range(20)} == {"nothing of them"}
+    plurals = training(SyntheticScenes(64), nouns=["dog", "bus", "bench"], templates=["a {}."])
+    counts = Counter(plurals.text("Two dogs, busy buses and one bench", rng) for _ in range(200))
+    assert counts.keys() == {"Two dogs, busy buses and one bench", "a dog.", "a bus.", "a bench."}
     scenes = training(SyntheticScenes(64), nouns=data.SCENE_WORDS, templates=["{}"])
     assert_same_pair(scenes[5, 7], scenes[5, 7])
     assert len({scenes[place, 7][2].tobytes() for place in range(30)}) > 1

@@ -364,7 +364,7 @@ def test_a_compiled_run_follows_the_plain_one(tmp_path, flags):
         assert theirs["loss"] == pytest.approx(ours["loss"], rel=tolerance)  # a step whose gradient is not finite has no line
 
 
-@pytest.mark.parametrize("precision, tolerance", [("bf16", 0.03), ("fp16", 0.1)])  # fp16 skips steps until its scale is right
+@pytest.mark.parametrize("precision, tolerance", [("bf16", 0.03), ("fp16", 0.2)])  # fp16 skips steps until its scale is right
 def test_precisions_follow_fp32(tmp_path, precision, tolerance):
     flags = ("--steps", "12", "--log-every", "12")
     run(tmp_path / "fp32", *flags)
@@ -426,14 +426,15 @@ def test_learning_rate_by_hand():
     assert 0 < rates[109] < 0.0005
 
 
-def test_weight_decay_is_for_matrices(tiny):
+def test_everything_but_biases_decays(tiny):
+    """As in the authors' program, whose list of exceptions names biases, and LayerNorm by a name that nothing has."""
     args = train.parse_args("--weight-decay 0.3".split())
     others, decayed = train.build_optimizer(tiny, args).param_groups
     assert decayed["weight_decay"] == 0.3 and others["weight_decay"] == 0
-    together = {id(p) for group in (decayed, others) for p in group["params"]}
-    assert together == {id(p) for name, p in tiny.named_parameters() if name != "clip.visual.class_embedding"}
-    assert any(p is tiny.group.to_keys.weight for p in decayed["params"])
-    assert any(p is tiny.clip.visual.ln_pre.weight for p in others["params"])
+    named = dict(tiny.named_parameters())
+    del named["clip.visual.class_embedding"]  # frozen
+    assert {id(p) for p in others["params"]} == {id(p) for name, p in named.items() if name.endswith("bias")}
+    assert {id(p) for p in decayed["params"]} == {id(p) for name, p in named.items() if not name.endswith("bias")}
 
 
 def test_weights_of_the_losses(tmp_path):
@@ -604,7 +605,8 @@ def test_the_papers_values():
     expected |= dict(crop_scale=0.5, superpixel_weight=1, reconstruction_weight=1, superpatch="floor", vocabulary="openai")
     assert {name: getattr(args, name) for name in expected} == expected
     sizes = train.choose_sizes(args)
-    assert [getattr(sizes, name) for name in train.ADDED] == [10, 8, 2, 0.9, 0.75, 3]
+    added = ("first_stage_layers", "num_centers", "cross_layers", "center_std", "gumbel_tau", "mask_ratio", "decoder_layers")
+    assert [getattr(sizes, name) for name in added] == [10, 8, 2, 0.02, 0.9, 0.75, 3]
     args = train.parse_args("--recipe paper --from-scratch --lr 1e-3 --steps 5".split())
     assert (args.init, args.freeze, args.clip_lr, args.lr, args.steps, args.epochs) == (None, False, None, 1e-3, 5, None)
 
@@ -633,7 +635,7 @@ def test_the_baseline_trains_scores_and_is_a_start(tmp_path, monkeypatch, capsys
     torch.testing.assert_close(encoding.features, model.clip.encode_image(picture))
     torch.testing.assert_close(encoding.regions, model.clip.encode_patches(picture))
     patches = torch.arange(16).view(1, 4, 4).repeat_interleave(8, dim=1).repeat_interleave(8, dim=2)
-    assert torch.equal(train.evaluate.pixel_regions(encoding, 32, (4, 4)), patches.expand(2, -1, -1))
+    assert torch.equal(train.evaluate.pixel_regions(encoding, (32, 32), (4, 4), 8, 8), patches.expand(2, -1, -1))
     train.evaluate.main(["--checkpoint", str(tmp_path / "clip/checkpoint.pt"), "--limit", "3", "--workers", "0", "--analyse"])
     assert "over 3 pictures" in capsys.readouterr().out
     monkeypatch.undo()
