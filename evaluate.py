@@ -1,20 +1,22 @@
-"""Zero-shot segmentation: score a checkpoint, label your own pictures, look at one of them.
+"""Zero-shot segmentation: score a checkpoint on a data set, or label your own images.
 
 python evaluate.py                   the model of `python train.py`, on scenes it has never seen
 python evaluate.py --dataset pascal_voc --data-root VOCdevkit/VOC2012 --checkpoint segclip.bin
-python evaluate.py --images photos --classes words.txt --checkpoint segclip.bin
-python evaluate.py --image photo.jpg --words "cat, grass, sky" --model ViT-B/16 --readout naclip
-python evaluate.py --classify photos --checkpoint pacl.pt        one folder a class, whole pictures
-python evaluate.py --compare         CLIP, its read-outs, PACL and SegCLIP, on the scenes
+python evaluate.py --images photos --words words.txt --checkpoint segclip.bin
+python evaluate.py --image photo.jpg --words "cat, grass" --checkpoint ViT-B/16 --readout naclip
+python evaluate.py --classify photos --checkpoint pacl.pt        whole images, one folder per class
 """
 
 import argparse
 import colorsys
-import hashlib
+import functools
 import itertools
 import json
+import multiprocessing
 import os
+import signal
 import sys
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -24,103 +26,145 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
-from PIL.PngImagePlugin import PngInfo
+from skimage.segmentation import find_boundaries
 
-from clip_loader import (
-    MODELS,
-    InputError,
-    ManualPage,
-    fetch,
-    git_revision,
-    load_model,
-    load_tokenizer,
-    make_folder,
-    run_program,
-    sha256_of,
-    start_processes,
-)
+from clip_loader import MODELS, fetch, load_model, load_tokenizer, sha256_of
 from data import (
     BENCHMARKS,
-    UNREADABLE,
     ClassFolder,
-    PictureFolder,
+    ImageFolder,
     SegmentationFolder,
     SyntheticScenes,
-    in_parallel,
-    listed,
+    first_line,
     normalise,
+    parallel_map,
     progress,
-    raised,
     read_lines,
     resize_bilinear,
+    split_commas,
 )
 from losses import compatibility
-from model import ACTIVATIONS, PACL, READOUTS, Config
+from model import ACTIVATIONS, PACL, READOUTS, Config, InputError
 
-OWN = "the protocol's own"  # --background without a threshold
-SCENES = {"synthetic": "val", "synthetic-unseen": "unseen"}  # data sets that are drawn, and their split
-RUNS = {"segclip": "runs/synthetic", "clip": "runs/clip", "pacl": "runs/pacl"}  # where train.py leaves those of the scenes
-DEFAULT_CHECKPOINT = f"{RUNS['segclip']}/checkpoint.pt"
-
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Words
 
-TEMPLATES = {
+# fmt: off
+TEMPLATES = {  # by their number; the 7 and the 80 are OpenAI's, for ImageNet
     1: ["a photo of a {}"],  # Section 2.5
-    7: listed(  # these and the 80 are OpenAI's, for ImageNet
-        "itap of a {}, a bad photo of the {}, a origami {}, a photo of the large {}, a {} in a video game, art of the {}, "
-        "a photo of the small {}"
-    ),
-    80: listed(
-        "a bad photo of a {}, a photo of many {}, a sculpture of a {}, a photo of the hard to see {}, a low "
-        "resolution photo of the {}, a rendering of a {}, graffiti of a {}, a bad photo of the {}, a cropped "
-        "photo of the {}, a tattoo of a {}, the embroidered {}, a photo of a hard to see {}, a bright photo of a "
-        "{}, a photo of a clean {}, a photo of a dirty {}, a dark photo of the {}, a drawing of a {}, a photo of "
-        "my {}, the plastic {}, a photo of the cool {}, a close-up photo of a {}, a black and white photo of the "
-        "{}, a painting of the {}, a painting of a {}, a pixelated photo of the {}, a sculpture of the {}, a "
-        "bright photo of the {}, a cropped photo of a {}, a plastic {}, a photo of the dirty {}, a jpeg corrupted"
-        " photo of a {}, a blurry photo of the {}, a photo of the {}, a good photo of the {}, a rendering of the "
-        "{}, a {} in a video game, a photo of one {}, a doodle of a {}, a close-up photo of the {}, a photo of a "
-        "{}, the origami {}, the {} in a video game, a sketch of a {}, a doodle of the {}, a origami {}, a low "
-        "resolution photo of a {}, the toy {}, a rendition of the {}, a photo of the clean {}, a photo of a large"
-        " {}, a rendition of a {}, a photo of a nice {}, a photo of a weird {}, a blurry photo of a {}, a cartoon"
-        " {}, art of a {}, a sketch of the {}, a embroidered {}, a pixelated photo of a {}, itap of the {}, a "
-        "jpeg corrupted photo of the {}, a good photo of a {}, a plushie {}, a photo of the nice {}, a photo of "
-        "the small {}, a photo of the weird {}, the cartoon {}, art of the {}, a drawing of the {}, a photo of "
-        "the large {}, a black and white photo of a {}, the plushie {}, a dark photo of a {}, itap of a {}, "
-        "graffiti of the {}, a toy {}, itap of my {}, a photo of a cool {}, a photo of a small {}, a tattoo of "
-        "the {}"
-    ),
+    7: split_commas("""
+itap of a {}, a bad photo of the {}, a origami {}, a photo of the large {}, a {} in a video game,
+art of the {}, a photo of the small {}"""),
+    80: split_commas("""
+a bad photo of a {}, a photo of many {}, a sculpture of a {}, a photo of the hard to see {}, a low
+resolution photo of the {}, a rendering of a {}, graffiti of a {}, a bad photo of the {}, a cropped
+photo of the {}, a tattoo of a {}, the embroidered {}, a photo of a hard to see {}, a bright photo
+of a {}, a photo of a clean {}, a photo of a dirty {}, a dark photo of the {}, a drawing of a {}, a
+photo of my {}, the plastic {}, a photo of the cool {}, a close-up photo of a {}, a black and white
+photo of the {}, a painting of the {}, a painting of a {}, a pixelated photo of the {}, a sculpture
+of the {}, a bright photo of the {}, a cropped photo of a {}, a plastic {}, a photo of the dirty
+{}, a jpeg corrupted photo of a {}, a blurry photo of the {}, a photo of the {}, a good photo of
+the {}, a rendering of the {}, a {} in a video game, a photo of one {}, a doodle of a {}, a
+close-up photo of the {}, a photo of a {}, the origami {}, the {} in a video game, a sketch of a
+{}, a doodle of the {}, a origami {}, a low resolution photo of a {}, the toy {}, a rendition of
+the {}, a photo of the clean {}, a photo of a large {}, a rendition of a {}, a photo of a nice {},
+a photo of a weird {}, a blurry photo of a {}, a cartoon {}, art of a {}, a sketch of the {}, a
+embroidered {}, a pixelated photo of a {}, itap of the {}, a jpeg corrupted photo of the {}, a good
+photo of a {}, a plushie {}, a photo of the nice {}, a photo of the small {}, a photo of the weird
+{}, the cartoon {}, art of the {}, a drawing of the {}, a photo of the large {}, a black and white
+photo of a {}, the plushie {}, a dark photo of a {}, itap of a {}, graffiti of the {}, a toy {},
+itap of my {}, a photo of a cool {}, a photo of a small {}, a tattoo of the {}"""),
 }
-TEMPLATES = {count: [f"{template}." for template in templates] for count, templates in TEMPLATES.items()}
+TEMPLATES = {n: [f"{template}." for template in templates] for n, templates in TEMPLATES.items()}
+# fmt: on
 
-
-# What SCLIP's tables ask for in place of a class's name, and what it counts as background.
-PERSON = listed(
-    "person, person in shirt, person in jeans, person in dress, person in sweater, person in skirt, person in jacket"
-)
-SCREEN = listed("television monitor, tv monitor, monitor, television, screen")
-STUFF = listed(
-    "sky, wall, tree, wood, grass, road, sea, river, mountain, sands, desk, bed, building, cloud, lamp, door, "
-    "window, wardrobe, ceiling, shelf, curtain, stair, floor, hill, rail, fence"
-)
-VOC_SYNONYMS = {"boat": ["ship"], "person": PERSON, "plant": ["pottedplant"], "monitor": SCREEN}
-CONTEXT_SYNONYMS = {"airplane": ["aeroplane"], "plant": ["pottedplant"], "monitor": ["tvmonitor"]}
+# What SCLIP's tables have in place of a class's name, and what they count as background.
+PERSON = split_commas("""
+person, person in shirt, person in jeans, person in dress, person in sweater, person in skirt,
+person in jacket""")
+SCREEN = split_commas("television monitor, tv monitor, monitor, television, screen")
+BACKGROUND = split_commas("""
+sky, wall, tree, wood, grass, road, sea, river, mountain, sands, desk, bed, building, cloud, lamp,
+door, window, wardrobe, ceiling, shelf, curtain, stair, floor, hill, rail, fence""")
+VOC_WORDS = {"boat": ["ship"], "person": PERSON, "plant": ["pottedplant"], "monitor": SCREEN}
+CONTEXT_WORDS = {"airplane": ["aeroplane"], "plant": ["pottedplant"], "monitor": ["tvmonitor"]}
 SYNONYMS = {
-    "pascal_voc": VOC_SYNONYMS | {"background": STUFF},
-    "pascal_voc20": VOC_SYNONYMS,
-    "pascal_context": CONTEXT_SYNONYMS,
-    "pascal_context59": CONTEXT_SYNONYMS,
-    "coco_object": {"background": STUFF, "person": [*PERSON, "body"]},
+    "pascal_voc": VOC_WORDS | {"background": BACKGROUND},
+    "pascal_voc20": VOC_WORDS,
+    "pascal_context": CONTEXT_WORDS,
+    "pascal_context59": CONTEXT_WORDS,
+    "coco_object": {"background": BACKGROUND, "person": [*PERSON, "body"]},
+}
+# ClearCLIP's, in place of the synonyms.
+PLAIN_WORDS = {
+    "boat": "ship",
+    "plant": "pottedplant",
+    "monitor": "tvmonitor",
+    "airplane": "aeroplane",
 }
 
 
-# ClearCLIP takes one word a class, mostly the first of these, and the word "background".
-PLAIN_WORDS = {"boat": "ship", "plant": "pottedplant", "monitor": "tvmonitor", "airplane": "aeroplane"}
+def class_words(kind, dataset, classes, has_background):
+    """The words of each class, background among them where it has words -> list of lists.
 
-# How published numbers were made, for a model of 224 pixels: the settings of a protocol, and what differs on a data set.
-# Each was checked against its authors' configuration files. window 0: the whole image at once, without windows.
-_SCLIP = {
+    kind: "names", "synonyms" or "plain". classes: the user's own list of lists, or None.
+    """
+    words = classes or [[word] for word in dataset.words]
+    if kind == "names":
+        return words
+    if has_background:
+        words = [["background"], *words]
+    if classes:
+        return words
+    if dataset.name in ("coco_stuff", "ade20k", "cityscapes"):
+        words = [[word.replace(" ", "")] for [word] in words]
+    synonyms = SYNONYMS.get(dataset.name, {})
+    if kind == "synonyms":
+        return [synonyms.get(word, [word]) for [word] in words]
+    return [[PLAIN_WORDS.get(word, word) if word in synonyms else word] for [word] in words]
+
+
+def read_classes(words):
+    """ "cat, grass", or a file of one class per line, synonyms between commas -> list of lists.
+
+    Raises InputError.
+    """
+    classes = [[word] for word in split_commas(words)]
+    if words.endswith(".txt") or os.path.isfile(words):
+        classes = [split_commas(line) for line in read_lines(words)]
+    names = [synonyms[0].lower() for synonyms in classes if synonyms]
+    if len(names) < len(classes):
+        raise InputError(f"--words {words}: a line without a word")
+    if not 1 <= len(names) <= 254:
+        raise InputError(f"--words {words}: {len(names)} classes; there must be between 1 and 254")
+    for name in names:
+        if names.count(name) > 1 or name == "background":
+            raise InputError(f"--words {words}: the class {name} is there twice, or is background")
+    return classes
+
+
+@torch.no_grad()
+def class_features(model, tokenizer, protocol):
+    """-> unit vectors of the Q words, means over templates [Q, E]; the class of each word [Q]."""
+    device = model.clip.logit_scale.device
+    features = []
+    class_of_word = []
+    for c, words in enumerate(protocol.classes):
+        for word in words:
+            prompts = [template.format(word) for template in TEMPLATES[protocol.templates]]
+            text = tokenizer(prompts, model.config.context_length).to(device)
+            feature = model.encode_text(text)  # [templates, E]
+            if protocol.scoring == "cosines":  # as OpenAI and SCLIP; not so GroupViT
+                feature = F.normalize(feature, dim=-1)
+            features.append(F.normalize(feature.mean(dim=0), dim=-1))
+            class_of_word.append(c)
+    return torch.stack(features), torch.tensor(class_of_word, device=device)
+
+
+# --------------------------------------------------------------------------------------------------
+# Protocols: the settings with which published numbers were made
+
+SCLIP = {
     "scoring": "cosines",
     "words": "synonyms",
     "templates": 80,
@@ -130,23 +174,34 @@ _SCLIP = {
     "logit_scale": 40.0,
     "background_threshold": 0.1,
 }
+CLEARCLIP = {
+    "words": "plain",
+    "short_side": 448,
+    "window": 448,
+    "stride": 224,
+    "logit_scale": 50.0,
+    "background_threshold": 0.5,
+}
+SEGCLIP = {
+    "scoring": "regions",
+    "words": "names",
+    "templates": 1,
+    "short_side": 224,
+    "window": 224,
+    "stride": 224,
+    "top_k": 5,
+    "background_threshold": 0.75,  # on VOC; the authors' code has 0.80
+}
+# For a model of 224 pixels: what holds for all data sets, and what differs on some. Each was
+# checked against the authors' configuration files. window 0 is the whole image at once.
 PROTOCOLS = {
-    "segclip": {  # also GroupViT's but for its sizes and thresholds
-        "": {
-            "scoring": "regions",
-            "words": "names",
-            "templates": 1,
-            "short_side": 224,
-            "window": 224,
-            "stride": 224,
-            "top_k": 5,
-            "background_threshold": 0.75,  # on VOC; the authors' code has 0.80
-        },
+    "segclip": {
+        "": SEGCLIP,
         "pascal_context": {"background_threshold": 0.25},
         "coco_object": {"background_threshold": 0.65},
     },
     "sclip": {
-        "": _SCLIP,
+        "": SCLIP,
         "pascal_voc": {"logit_scale": 65.0, "area_threshold": 0.1},
         "pascal_context": {"logit_scale": 50.0},
         "coco_object": {"logit_scale": 50.0},
@@ -154,163 +209,81 @@ PROTOCOLS = {
         "cityscapes": {"short_side": 560},
     },
     "naclip": {
-        "": _SCLIP,
+        "": SCLIP,
         "pascal_voc": {"window": 0},
         "pascal_voc20": {"window": 0},
         "cityscapes": {"short_side": 560},
     },
     "clearclip": {
-        "": _SCLIP
-        | {
-            "words": "plain",
-            "short_side": 448,
-            "window": 448,
-            "stride": 224,
-            "logit_scale": 50.0,
-            "background_threshold": 0.5,
-        },
+        "": SCLIP | CLEARCLIP,
         "pascal_context": {"background_threshold": 0.15},
         "coco_object": {"background_threshold": 0.4},
         "cityscapes": {"window": 224},
     },
+    # Zero-shot classification of whole images, with OpenAI's seven templates.
+    "classify": {"": SEGCLIP | {"scoring": "cosines", "templates": 7, "top_k": None}},
 }
 PROTOCOLS["dense"] = PROTOCOLS["sclip"]
 
 
 @dataclass
-class Settings:
-    """How images become label maps. All of it stands in metrics.json, so that two results can be compared."""
+class Protocol:
+    """How images become label maps. metrics.json has all of it. Sizes are in pixels."""
 
-    protocol: str  # the name in PROTOCOLS; "classify" for whole images
-    scoring: str  # "regions": SegCLIP's; "cosines": each patch with each word, as SCLIP and its followers
+    name: str
+    scoring: str  # "regions": each region with each word (SegCLIP); "cosines": each patch (SCLIP)
     classes: list  # of C lists of words; the score of a class is that of its best word
-    templates: int  # how many of TEMPLATES
-    short_side: int  # inference resolution: pixels on the short side of the image
-    window: int  # side of a window in pixels; 0: the whole image at once
-    stride: int  # pixels from one window to the next
-    top_k: int | None = None  # scoring by regions: only so many classes can be found in a window
-    logit_scale: float | None = None  # scoring by cosines: inverse temperature of the softmax over the words
+    templates: int  # number of sentences around a word
+    short_side: int  # inference resolution: the short side of the image
+    window: int  # side of a window; 0: the whole image at once
+    stride: int  # from one window to the next
+    top_k: int | None = None  # by regions: at most so many classes in a window
+    logit_scale: float | None = None  # by cosines: inverse temperature of the softmax over words
     background_threshold: float | None = None
-    area_threshold: float | None = None  # scoring by cosines: classes with a smaller share of the foreground are left out
-    stride_trick: int | None = None  # pixels from one patch to the next; None: the patch size
-    refine: str | None = None
-    background_entropy: float | None = None  # in place of background_threshold
-
-    def has_background(self):
-        return self.background_threshold is not None or self.background_entropy is not None
+    background_entropy: float | None = None  # in place of background_threshold (PACL)
+    area_threshold: float | None = None  # by cosines: smallest share of the foreground of a class
+    stride_trick: int | None = None  # from one patch to the next; None: the patch size (PACL)
+    refine: str | None = None  # "pamr"
 
 
-def read_classes(path):
-    """A class in each line, its words separated by commas -> list of lists. Raises InputError."""
-    classes = [listed(line) for line in read_lines(path)]
-    if not all(classes):
-        raise InputError(f"{path}: a line without a word")
-    return classes
+def choose_protocol(name, dataset, config, classes=None, **changes):
+    """The protocol of this name for a data set and a model's Config. Raises InputError.
+
+    classes: words in place of the data set's. changes: other values of Protocol's fields; None is
+    no change.
+    """
+    fields = PROTOCOLS[name][""] | PROTOCOLS[name].get(dataset.name, {})
+    for size in ("short_side", "window", "stride"):
+        fields[size] = fields[size] * config.image_size // 224
+    # Background by entropy has no words and no threshold.
+    has_background = dataset.has_background and changes.get("background_entropy") is None
+    if not has_background:
+        fields["background_threshold"] = None
+    fields["classes"] = class_words(fields.pop("words"), dataset, classes, has_background)
+    changes = {key: value for key, value in changes.items() if value is not None}
+    protocol = Protocol(name=name, **(fields | changes))
+    patch = config.patch_size
+    if protocol.stride_trick and patch % protocol.stride_trick:
+        raise InputError(
+            f"--stride-trick {protocol.stride_trick}: must divide the patch size {patch}"
+        )
+    if protocol.window % patch:
+        raise InputError(f"--window {protocol.window}: not a multiple of the patch size {patch}")
+    if 0 < protocol.window < protocol.stride:
+        raise InputError(f"--stride {protocol.stride}: more than --window {protocol.window}")
+    if protocol.scoring == "regions" and (protocol.logit_scale or protocol.area_threshold):
+        raise InputError(f"--logit-scale, --area-threshold: --protocol {name} has none")
+    return protocol
 
 
-def check_words(words, has_background, source):
-    """Raises InputError for names of classes that cannot be told apart, or do not fit into a byte."""
-    lower = [word.lower() for word in words] + ["background"] * has_background
-    if not words or len(lower) > 255:
-        raise InputError(f"{source}: {len(words)} words; there must be between 1 and {255 - has_background}")
-    for word in lower:
-        if lower.count(word) > 1:
-            raise InputError(f"{source}: the class {word} is there twice")
+# --------------------------------------------------------------------------------------------------
+# From an image to a label map. The steps are those of the authors' program (GroupViT's).
 
 
-def background_threshold(args, dataset, name, default):
-    """Below it, nothing is seen; None where there is no background, or its entropy decides. Raises InputError."""
-    threshold, entropy = args.background_threshold, args.background_entropy
-    if not dataset.has_background:
-        if threshold is not None or entropy is not None:
-            raise InputError(f"--background: {name} has no background")
-        return None
-    if entropy is not None:
-        if threshold is not None:
-            raise InputError("--background-entropy: it is this or --background")
-        if not 0 <= entropy < float("inf"):
-            raise InputError(f"--background-entropy {entropy}: must be a number from 0 on")
-        return None
-    if threshold in (None, OWN):
-        return default
-    try:
-        if 0 <= float(threshold) <= 1:
-            return float(threshold)
-    except ValueError:
-        pass
-    raise InputError(f"--background {threshold}: must be between 0 and 1")
-
-
-def choose_settings(args, dataset, size):
-    """The named protocol for this data set and this model's input size, and the flags that change it. Raises InputError."""
-    name, words = kind_of(args), [[word] for word in dataset.words]
-    if args.classes:
-        words = read_classes(args.classes)
-        if len(words) != len(dataset.words):
-            expected = f"{args.classify or name} has {len(dataset.words)} (background is not counted)"
-            raise InputError(f"{args.classes}: has {len(words)} classes, {expected}")
-    protocol = PROTOCOLS[args.protocol][""] | PROTOCOLS[args.protocol].get(name, {})
-    threshold = background_threshold(args, dataset, name, protocol["background_threshold"])
-    if args.classify:
-        templates = args.templates or 7
-        return Settings("classify", "", words, templates, size, size, size, stride_trick=args.stride_trick)
-    protocol["background_threshold"] = threshold
-    for pixels in ("short_side", "window", "stride"):
-        protocol[pixels] = protocol[pixels] * size // 224
-    words = protocol_words(protocol.pop("words"), name, words, threshold is not None, bool(args.classes))
-    settings = Settings(args.protocol, classes=words, **protocol)
-    for field in CHANGEABLE:
-        if getattr(args, field) is not None:
-            setattr(settings, field, getattr(args, field))
-    return settings
-
-
-# Fields of Settings that are flags, too.
-CHANGEABLE = (
-    *("templates", "short_side", "window", "stride", "top_k", "logit_scale", "area_threshold"),
-    *("stride_trick", "refine", "background_entropy"),
-)
-
-
-def protocol_words(kind, dataset, words, has_background, given):
-    """The words of each class: the names themselves, or as the protocol has them in place of these. -> list of lists"""
-    if kind == "names":
-        return words
-    background = [["background"]] if has_background else []
-    if given:  # by --classes
-        return background + words
-    words = background + words
-    if dataset in ("coco_stuff", "ade20k", "cityscapes"):
-        words = [[word.replace(" ", "")] for [word] in words]
-    synonyms = SYNONYMS.get(dataset, {})
-    if kind == "synonyms":
-        return [synonyms.get(word, [word]) for [word] in words]
-    return [[PLAIN_WORDS.get(word, word) if word in synonyms else word] for [word] in words]
-
-
-@torch.no_grad()
-def class_features(model, tokenizer, settings):
-    """The unit vector of each of the Q words, a mean over the templates: -> [Q, E], and the class of each word [Q]."""
-    device, templates = model.clip.logit_scale.device, TEMPLATES[settings.templates]
-    features = []
-    for word in (word for words in settings.classes for word in words):
-        text = tokenizer([template.format(word) for template in templates], model.config.context_length)
-        feature = model.encode_text(text.to(device))  # [templates, E]
-        if settings.scoring != "regions":  # OpenAI and SCLIP give each template the same weight, GroupViT as it is long
-            feature = F.normalize(feature, dim=-1)
-        features.append(F.normalize(feature.mean(dim=0), dim=-1))
-    owner = [c for c, words in enumerate(settings.classes) for _ in words]
-    return torch.stack(features), torch.tensor(owner, device=device)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# From a picture to a label map. The steps are those of the authors' program (GroupViT's, on mmsegmentation 0.18).
-
-
-def resized(height, width, short_side, window):
-    """The size at which a picture is seen: long side at most 2048, and never less than a window."""
+def inference_size(height, width, short_side, smallest):
+    """The size at which the model sees an image; its long side is at most 2048."""
     factor = min(2048 / max(height, width), short_side / min(height, width))
-    return max(int(height * factor + 0.5), window), max(int(width * factor + 0.5), window)
+    return max(int(height * factor + 0.5), smallest), max(int(width * factor + 0.5), smallest)
 
 
 def window_starts(length, window, stride):
@@ -319,12 +292,12 @@ def window_starts(length, window, stride):
     return [min(i * stride, length - window) for i in range(count)]
 
 
-def best_word(scores, owner, num_classes):
-    """Scores of words [..., Q] -> of classes [..., C]: the best of a class's words."""
-    if len(owner) == num_classes:
+def max_over_synonyms(scores, class_of_word, num_classes):
+    """Scores of words [..., Q] -> of classes [..., C]."""
+    if len(class_of_word) == num_classes:
         return scores
     out = scores.new_full((*scores.shape[:-1], num_classes), -torch.inf)
-    return out.scatter_reduce(-1, owner.expand(scores.shape), scores, "amax")
+    return out.scatter_reduce(-1, class_of_word.expand(scores.shape), scores, "amax")
 
 
 def region_cosines(encoding, text):
@@ -333,539 +306,451 @@ def region_cosines(encoding, text):
 
 
 def region_scores(encoding, text, scale, top_k=5):
-    """How much each region is each word: regions [B, L, E], words [Q, E] -> [B, L, Q], between 0 and 1.
+    """Scores of regions [B, L, E] for words [Q, E] -> [B, L, Q], between 0 and 1.
 
-    A softmax over all words times a softmax over the top_k words of the image feature: GroupViT's rule, which the authors
-    inherited. The paper has the cosines alone.
+    A softmax over all words times a softmax over the top_k words of the image feature: GroupViT's
+    rule, which the authors inherited. The paper has the cosines alone.
     """
     logits = scale * region_cosines(encoding, text)  # [B, L, Q]
     image_logits = F.normalize(encoding.features.float(), dim=-1) @ text.T  # [B, Q]
     top = image_logits.topk(min(top_k, len(text)), dim=-1).indices
-    others = torch.ones_like(image_logits, dtype=torch.bool).scatter(1, top, False)
-    return logits.softmax(dim=-1) * logits.masked_fill(others[:, None], -torch.inf).softmax(dim=-1)
+    left_out = torch.ones_like(image_logits, dtype=torch.bool).scatter(1, top, False)
+    top_logits = logits.masked_fill(left_out[:, None], -torch.inf)
+    return logits.softmax(dim=-1) * top_logits.softmax(dim=-1)
 
 
 def add_background(scores, threshold):
-    """[B, L, C] -> [B, L, 1 + C]: background scores 1 in regions where no class reaches the threshold, or the best score
-    of the window if that is less; else 0."""
-    bar = scores.amax(dim=(1, 2)).clamp(max=threshold)  # [B]
-    background = (scores.amax(dim=2) < bar[:, None]).float()  # [B, L]
+    """[B, L, C] -> [B, L, 1 + C]: background is 1 in regions with no class above the threshold.
+
+    At most the best score of the window serves as the threshold.
+    """
+    threshold = scores.amax(dim=(1, 2)).clamp(max=threshold)  # [B]
+    background = (scores.amax(dim=2) < threshold[:, None]).float()  # [B, L]
     return torch.cat([background[..., None], scores], dim=2)
 
 
-def entropy_background(cosines, owner, scale, settings):
-    """PACL's rule: cosines [Q, ...] of the words -> [1, ...], 1, which no class reaches there, where none stands out; else 0.
-    A class is as near as its best word is: many synonyms would make the surest class look unsure."""
-    cosines = best_word(cosines.movedim(0, -1), owner, len(settings.classes))  # [..., C]
+def entropy_background(cosines, class_of_word, scale, protocol):
+    """PACL's background mask, from cosines [Q, H, W] -> [1, H, W].
+
+    It is 1 where the entropy of the softmax over the classes, in nats, exceeds the threshold.
+    """
+    cosines = max_over_synonyms(cosines.movedim(0, -1), class_of_word, len(protocol.classes))
     log_p = (scale * cosines).log_softmax(dim=-1)
-    entropy = -(log_p.exp() * log_p).sum(dim=-1)  # natural logarithm: ln C where all are equally near
-    return (entropy > settings.background_entropy)[None].to(cosines.dtype)
+    entropy = -(log_p.exp() * log_p).sum(dim=-1)
+    return (entropy > protocol.background_entropy)[None].to(cosines.dtype)
 
 
 def upsample(maps, size, patch, stride):
-    """Values of patches [B, C, rows, columns] -> of pixels [B, C, *size], each patch where it lies, bilinear between them.
+    """Values of patches [B, C, rows, columns] -> of pixels [B, C, *size], each patch where it lies.
 
-    Patches that touch fill the image, and so does their interpolation. With the stride trick they overlap: the centers of
-    the outermost are half a patch from the border, and the margin between repeats the nearest value.
+    Patches that touch fill the image. With the stride trick they overlap: the outermost have their
+    centers half a patch inside, and the margin repeats them.
     """
     if stride < patch:
         rows, columns = maps.shape[-2:]
-        maps = F.interpolate(maps, (stride * rows, stride * columns), mode="bilinear", align_corners=False)
+        maps = F.interpolate(maps, (stride * rows, stride * columns), mode="bilinear")
         margin = (patch - stride) // 2
         maps = F.pad(maps, 2 * (margin, patch - stride - margin), mode="replicate")
-    return F.interpolate(maps, size, mode="bilinear", align_corners=False)
+    return F.interpolate(maps, size, mode="bilinear")
 
 
 def pixel_regions(encoding, size, grid, patch, stride):
-    """The region of each pixel: -> [B, *size]. Where each patch is a region, the patch whose center is nearest."""
+    """The region of each pixel -> [B, *size]; where patches are the regions, the nearest patch."""
     if encoding.soft is not None:
-        soft = encoding.soft.float().transpose(1, 2).unflatten(2, grid)  # [B, N, L] -> [B, L, H/P, W/P]
+        soft = encoding.soft.float().transpose(1, 2)  # [B, N, L] -> [B, L, N]
+        soft = soft.unflatten(2, grid)  # [B, L, H/P, W/P]
         return upsample(soft, size, patch, stride).argmax(dim=1)
     device = encoding.regions.device
-    rows = torch.arange(grid[0], device=device).view(1, 1, -1, 1).expand(-1, -1, -1, grid[1]).float()
-    columns = torch.arange(grid[1], device=device).expand(1, 1, *grid).float()
-    row, column = upsample(torch.cat([rows, columns], dim=1), size, patch, stride)[0].round().long()
+    rows, columns = (torch.arange(n, device=device).float() for n in grid)
+    places = torch.stack(torch.meshgrid(rows, columns, indexing="ij"))[None]  # [1, 2, H/P, W/P]
+    row, column = upsample(places, size, patch, stride)[0].round().long()
     return (row * grid[1] + column).expand(len(encoding.regions), -1, -1)
 
 
 def pixel_scores(scores, regions):
-    """Scores of the regions of one window [L, channels], and the region of each pixel [h, w] -> [channels, h, w]."""
+    """Scores of regions [L, channels], the region of each pixel [h, w] -> [channels, h, w]."""
     return scores[regions].permute(2, 0, 1)
 
 
-def window_scores(encoding, text, owner, scale, settings):
-    """[B, L, channels]: class scores with background (scoring by regions), or the cosine of each word. For background by
-    entropy, which is found later, both of them."""
-    if settings.scoring == "cosines":
+def window_scores(encoding, text, class_of_word, scale, protocol):
+    """Scores of each window's regions -> [B, L, channels].
+
+    Channels are classes, with background where it has a threshold; by cosines, words; with
+    background by entropy, which is found on pixels, the classes and the words.
+    """
+    if protocol.scoring == "cosines":
         return region_cosines(encoding, text)
-    scores = best_word(region_scores(encoding, text, scale, settings.top_k), owner, len(settings.classes))
-    if settings.background_entropy is not None:
+    scores = region_scores(encoding, text, scale, protocol.top_k)
+    scores = max_over_synonyms(scores, class_of_word, len(protocol.classes))
+    if protocol.background_entropy is not None:
         return torch.cat([scores, region_cosines(encoding, text)], dim=2)
-    return scores if settings.background_threshold is None else add_background(scores, settings.background_threshold)
-
-
-def segclip_labels(scores, owner, scale, settings):
-    """What window_scores gave, averaged, [channels, H, W] -> scores [C, H, W] and labels [H, W]."""
-    if settings.background_entropy is not None:
-        scores, cosines = scores.split((len(scores) - len(owner), len(owner)))
-        scores = torch.cat([entropy_background(cosines, owner, scale, settings), scores])
-    # The softmax changes no argmax but that of values that it rounds to the same: the authors' way with near ties.
-    return scores, scores.softmax(dim=0).argmax(dim=0)
-
-
-def dense_labels(cosines, owner, settings):
-    """Cosines [Q, H, W] of the words -> probabilities [C, H, W] and labels [H, W], as SCLIP does, with its own scale."""
-    scores = (settings.logit_scale * cosines).softmax(dim=0)
-    scores = best_word(scores.permute(1, 2, 0), owner, len(settings.classes)).permute(2, 0, 1)  # [C, H, W]
-    if settings.background_entropy is not None:
-        scores = torch.cat([entropy_background(cosines, owner, settings.logit_scale, settings), scores])
-    if settings.area_threshold is not None:
-        area = torch.bincount(scores.argmax(dim=0).flatten(), minlength=len(scores))[1:]
-        scores[1:] *= (area > settings.area_threshold * area.sum())[:, None, None]
-    best, label = scores.max(dim=0)
-    if settings.background_threshold is not None:
-        label[best < settings.background_threshold] = 0
-    return scores, label
-
-
-def pamr(scores, picture, iterations=10, dilations=(8, 16)):
-    """Pixel-adaptive refinement (Araslanov and Roth, CVPR 2020): scores [C, H, W] move along what looks alike in the image
-    [3, H, W]. Each pixel takes the mean of its neighbours' scores, in eight directions at each of these distances, weighted by
-    a softmax over how near their colours are, in tenths of the standard deviation around. As often as `iterations` says."""
-    steps = [(d * y, d * x) for d in dilations for y in (-1, 0, 1) for x in (-1, 0, 1)]
-    most, (height, width) = max(dilations), picture.shape[-2:]
-
-    def moved(x):  # -> the neighbours' values, one step after the other, each [channels, H, W]
-        x = F.pad(x[None], [most] * 4, mode="replicate")[0]
-        for dy, dx in steps:
-            yield x[:, most + dy : most + dy + height, most + dx : most + dx + width]
-
-    around = torch.stack(list(moved(picture)))  # [steps, 3, H, W], the pixel itself among them, once for each distance
-    deviation = around.std(dim=0)
-    affinity = -((around - picture).abs() / (0.1 * deviation + 1e-8)).mean(dim=1)  # [steps, H, W]
-    itself = torch.tensor([step == (0, 0) for step in steps], device=picture.device)
-    affinity = affinity.masked_fill(itself[:, None, None], -torch.inf).softmax(dim=0)
-    for _ in range(iterations):
-        scores = sum(weight * there for weight, there in zip(affinity, moved(scores)))
+    if protocol.background_threshold is not None:
+        return add_background(scores, protocol.background_threshold)
     return scores
 
 
-class Result(NamedTuple):
-    """What a model sees in one picture."""
+def labels_by_regions(scores, class_of_word, scale, protocol):
+    """The mean of window_scores [channels, H, W] -> scores [C, H, W] and labels [H, W]."""
+    if protocol.background_entropy is not None:
+        scores, cosines = scores.tensor_split([len(protocol.classes)])
+        background = entropy_background(cosines, class_of_word, scale, protocol)
+        scores = torch.cat([background, scores])
+    # The softmax only changes ties, as in the authors' program.
+    return scores, scores.softmax(dim=0).argmax(dim=0)
 
-    label: np.ndarray  # uint8 [H, W], at the picture's own size
-    regions: np.ndarray  # at the inference resolution [h, w], of a whole image at its own; center + L * window
+
+def labels_by_cosines(cosines, class_of_word, protocol):
+    """Cosines of the words [Q, H, W] -> probabilities [C, H, W], labels [H, W], as in SCLIP."""
+    scores = (protocol.logit_scale * cosines).softmax(dim=0).movedim(0, -1)
+    scores = max_over_synonyms(scores, class_of_word, len(protocol.classes)).movedim(-1, 0)
+    if protocol.background_entropy is not None:
+        scale = protocol.logit_scale
+        background = entropy_background(cosines, class_of_word, scale, protocol)
+        scores = torch.cat([background, scores])
+    if protocol.area_threshold is not None:
+        area = torch.bincount(scores.argmax(dim=0).flatten(), minlength=len(scores))[1:]
+        scores[1:] *= (area > protocol.area_threshold * area.sum())[:, None, None]
+    best, label = scores.max(dim=0)
+    if protocol.background_threshold is not None:
+        label[best < protocol.background_threshold] = 0
+    return scores, label
+
+
+def pamr(scores, image, iterations=10, dilations=(8, 16)):
+    """Pixel-adaptive refinement (Araslanov and Roth, CVPR 2020): scores [C, H, W], image [3, H, W].
+
+    In each iteration a pixel takes the mean of its neighbours' scores, in eight directions at each
+    of these distances. The weights are a softmax over the differences of their colours, in tenths
+    of the standard deviation in the neighbourhood.
+    """
+    steps = [(d * y, d * x) for d in dilations for y in (-1, 0, 1) for x in (-1, 0, 1)]
+    margin = max(dilations)
+    height, width = image.shape[-2:]
+
+    def neighbours(x):  # one shifted copy of x [channels, H, W] for each step
+        x = F.pad(x[None], [margin] * 4, mode="replicate")[0]
+        for dy, dx in steps:
+            yield x[:, margin + dy : margin + dy + height, margin + dx : margin + dx + width]
+
+    around = torch.stack(list(neighbours(image)))  # [steps, 3, H, W], with the pixel itself
+    deviation = around.std(dim=0)
+    affinity = -((around - image).abs() / (0.1 * deviation + 1e-8)).mean(dim=1)  # [steps, H, W]
+    itself = torch.tensor([step == (0, 0) for step in steps], device=image.device)
+    affinity = affinity.masked_fill(itself[:, None, None], -torch.inf).softmax(dim=0)
+    for _ in range(iterations):
+        scores = sum(weight * shifted for weight, shifted in zip(affinity, neighbours(scores)))
+    return scores
+
+
+class Segmentation(NamedTuple):
+    label: np.ndarray  # uint8 [H, W], at the image's own size
+    regions: np.ndarray  # [h, w] at the inference resolution; whole images at their own size
     seen: tuple  # h, w: the inference resolution
     scores: torch.Tensor  # [C, H, W]
     features: torch.Tensor  # [windows, E], image features
 
 
 class Segmenter:
-    """A model, words (features [Q, E] and classes [Q]) and settings, ready to label pictures."""
+    """A model with words (features [Q, E], classes [Q]) and a protocol, ready to label images."""
 
-    def __init__(self, model, text, owner, settings, batch_size=16, bf16=False):
-        self.model, self.text, self.owner, self.settings = model, text, owner, settings
-        self.batch_size, self.bf16 = batch_size, bf16
+    def __init__(self, model, text, class_of_word, protocol, batch_size=16, bf16=False):
+        self.model = model
+        self.text = text
+        self.class_of_word = class_of_word
+        self.protocol = protocol
+        self.batch_size = batch_size  # windows that are encoded together
+        self.bf16 = bf16
         self.scale = model.clip.logit_scale.exp().clamp(max=100)
+        self.patch = model.visual.patch_size
+        self.stride = protocol.stride_trick or self.patch
 
-    def stride(self):
-        """Pixels from one patch to the next."""
-        return self.settings.stride_trick or self.model.visual.patch_size
-
-    def run(self, encoder, crops):
-        """What the encoder makes of [n, 3, window, window], a list with each batch's, and the rows and columns of patches."""
+    def encode_batches(self, encoder, crops):
+        """Applies an encoder of the model to [n, 3, h, w], in mini-batches -> list of results."""
         visual = self.model.visual
-        conv1, own = visual.conv1, visual.conv1.stride
-        conv1.stride = (self.stride(),) * 2
+        visual.stride = self.stride
         with torch.autocast(crops.device.type, torch.bfloat16, enabled=self.bf16):
             parts = [encoder(batch) for batch in crops.split(self.batch_size)]
-        grid, conv1.stride = visual.grid(*crops.shape[-2:]), own
-        return parts, grid
+        visual.stride = self.patch
+        return parts
 
     def encode(self, crops):
-        """[n, 3, window, window] -> ImageEncoding of all, and the rows and columns of patches."""
-        parts, grid = self.run(self.model.encode_image, crops)
-        encoding = type(parts[0])(*(None if fields[0] is None else torch.cat(fields) for fields in zip(*parts)))
-        return encoding, grid
+        """[n, 3, h, w] -> ImageEncoding of all."""
+        parts = self.encode_batches(self.model.encode_image, crops)
+        fields = [None if field[0] is None else torch.cat(field) for field in zip(*parts)]
+        return type(parts[0])(*fields)
 
     @torch.inference_mode()
-    def __call__(self, pictures):
-        """(sample, picture as seen uint8 [h, w, 3]) ... -> (sample, Result) ...; windows of several pictures share a batch."""
-        waiting, crops, s = [], [], self.settings
-        for sample, seen in pictures:
-            image = normalise(torch.as_tensor(seen, device=self.text.device).permute(2, 0, 1))  # [3, h, w]
+    def __call__(self, images):
+        """(sample, resized image uint8 [h, w, 3]) ... -> (sample, Segmentation) ...
+
+        Windows of several images share a batch.
+        """
+        waiting = []
+        crops = []
+        window = self.protocol.window
+        for sample, resized in images:
+            image = torch.tensor(resized, device=self.text.device).permute(2, 0, 1)
+            image = normalise(image)  # [3, h, w]
             height, width = image.shape[1:]
-            if s.window == 0:  # the whole image, without what is left of it beside the last whole patch
-                patch = self.model.visual.patch_size
-                yield from self.finish([(sample, image, [(0, 0)])], [image[:, : height // patch * patch, : width // patch * patch]])
-                continue
-            starts = [
-                (y, x) for y in window_starts(height, s.window, s.stride) for x in window_starts(width, s.window, s.stride)
-            ]
-            crops += [image[:, y : y + s.window, x : x + s.window] for y, x in starts]
+            if window:
+                ys, xs = (window_starts(n, window, self.protocol.stride) for n in (height, width))
+                starts = list(itertools.product(ys, xs))
+                crops += [image[:, y : y + window, x : x + window] for y, x in starts]
+            else:  # without the pixels beyond the last whole patch
+                starts = [(0, 0)]
+                rows, columns = (n // self.patch * self.patch for n in (height, width))
+                crops = [image[:, :rows, :columns]]
             waiting.append((sample, image, starts))
-            if len(crops) >= self.batch_size:
+            if len(crops) >= self.batch_size or not window:
                 yield from self.finish(waiting, crops)
-                waiting, crops = [], []
+                waiting = []
+                crops = []
         if waiting:
             yield from self.finish(waiting, crops)
 
     def finish(self, waiting, crops):
-        """(sample, image [3, h, w], its windows' places), and the windows of all -> (sample, Result) ..."""
-        patch, window = self.model.visual.patch_size, self.settings.window
-        encoding, grid = self.encode(torch.stack(crops))
-        scores = window_scores(encoding, self.text, self.owner, self.scale, self.settings)  # [n, L, channels]
-        # NACLIP brings the map of a whole image to the image's own size in one step, and that of windows in two.
-        size = (window, window) if window else waiting[0][0].picture.shape[:2]
-        regions = pixel_regions(encoding, size, grid, patch, self.stride())  # [n, window, window]
+        """(sample, image [3, h, w], starts of its windows) ..., and the windows of all of them."""
+        crops = torch.stack(crops)
+        grid = [(n - self.patch) // self.stride + 1 for n in crops.shape[-2:]]
+        encoding = self.encode(crops)
+        scores = window_scores(encoding, self.text, self.class_of_word, self.scale, self.protocol)
+        window = self.protocol.window
+        # As in NACLIP, the map of a whole image is upsampled to the image's own size in one step.
+        size = (window, window) if window else waiting[0][0].image.shape[:2]
+        regions = pixel_regions(encoding, size, grid, self.patch, self.stride)  # [n, *size]
         first = 0
         for sample, image, starts in waiting:
-            size = tuple(image.shape[1:]) if window else size
-            canvas, count = scores.new_zeros(scores.shape[2], *size), scores.new_zeros(size)
-            region_map = regions.new_zeros(size)
+            seen = tuple(image.shape[1:])
+            canvas = scores.new_zeros(scores.shape[2], *(seen if window else size))
+            count = scores.new_zeros(canvas.shape[1:])
+            region_map = regions.new_zeros(canvas.shape[1:])
             for i, (y, x) in enumerate(starts, first):
-                height, width = regions.shape[1:]
-                here = (..., slice(y, y + height), slice(x, x + width))
-                if encoding.soft is None:  # the regions are the patches, between which is interpolated
-                    maps = scores[i].T.unflatten(1, grid)[None]  # [L, channels] -> [1, channels, rows, columns]
-                    canvas[here] += upsample(maps, (height, width), patch, self.stride())[0]
+                place = (..., slice(y, y + size[0]), slice(x, x + size[1]))
+                if encoding.soft is None:  # the regions are patches: interpolate between them
+                    maps = scores[i].T.unflatten(1, grid)[None]  # [1, channels, rows, columns]
+                    canvas[place] += upsample(maps, size, self.patch, self.stride)[0]
                 else:
-                    canvas[here] += pixel_scores(scores[i], regions[i])
-                count[here] += 1
-                region_map[here] = regions[i] + (i - first) * scores.shape[1]
+                    canvas[place] += pixel_scores(scores[i], regions[i])
+                count[place] += 1
+                region_map[place] = regions[i] + (i - first) * scores.shape[1]
             features = encoding.features[first : first + len(starts)]
             first += len(starts)
-            full = F.interpolate((canvas / count)[None], sample.picture.shape[:2], mode="bilinear", align_corners=False)[0]
-            if self.settings.refine:
-                full = pamr(full, self.guide(sample.picture, image))
-            if self.settings.scoring == "cosines":
-                full, label = dense_labels(full, self.owner, self.settings)
-            else:
-                full, label = segclip_labels(full, self.owner, self.scale, self.settings)
-            result = Result(label.byte().cpu().numpy(), region_map.cpu().numpy(), tuple(image.shape[1:]), full, features)
-            yield sample, result
+            pixels, label = self.label(canvas / count, sample.image, image)
+            label = label.byte().cpu().numpy()
+            yield sample, Segmentation(label, region_map.cpu().numpy(), seen, pixels, features)
 
-    def guide(self, picture, image):
-        """What PAMR compares the colours of, [3, H, W]: the picture uint8 [H, W, 3] itself; for scoring by cosines, as in
-        SCLIP's and NACLIP's programs, the image [3, h, w] as the model saw it, enlarged again."""
-        if self.settings.scoring == "cosines":
-            return F.interpolate(image[None], picture.shape[:2], mode="bilinear", align_corners=False)[0]
-        return torch.as_tensor(picture, device=image.device).permute(2, 0, 1).float()
+    def label(self, scores, original, image):
+        """Scores at any size -> scores [C, H, W] and labels [H, W] at the original size.
 
-
-class ResizedPictures(torch.utils.data.Dataset):
-    """What the worker processes do: (sample, the picture at the size at which the model sees it), or an InputError."""
-
-    def __init__(self, dataset, settings, patch_size):
-        self.dataset, self.settings, self.patch_size = dataset, settings, patch_size
-
-    def __getitem__(self, index):
-        try:
-            sample = self.dataset[index]
-        except InputError as error:  # raised here, it would reach the user with a trace of the worker around it
-            return error
-        if self.settings.protocol == "classify":
-            return sample, centre(sample.picture, self.settings.window)
-        least = self.settings.window or self.patch_size
-        height, width = resized(*sample.picture.shape[:2], self.settings.short_side, least)
-        return sample, resize_bilinear(sample.picture, height, width)
+        original: uint8 [H, W, 3]. image: [3, h, w], as the model saw it.
+        """
+        size = original.shape[:2]
+        scores = F.interpolate(scores[None], size, mode="bilinear")[0]
+        if self.protocol.refine:
+            guide = torch.tensor(original, device=image.device).permute(2, 0, 1).float()
+            if self.protocol.scoring == "cosines":
+                # SCLIP and NACLIP enlarge the reduced image again.
+                guide = F.interpolate(image[None], size, mode="bilinear")[0]
+            scores = pamr(scores, guide)
+        if self.protocol.scoring == "cosines":
+            return labels_by_cosines(scores, self.class_of_word, self.protocol)
+        return labels_by_regions(scores, self.class_of_word, self.scale, self.protocol)
 
 
-def batches(items, size):
-    """Lists of so many items; the last may be shorter."""
-    items = iter(items)
-    while batch := list(itertools.islice(items, size)):
-        yield batch
+def load_image(dataset, protocol, patch, index):
+    """In a worker process: -> sample, its image as the model sees it uint8 [h, w, 3]."""
+    sample = dataset[index]
+    if protocol.name == "classify":
+        return sample, center_crop(sample.image, protocol.window)
+    smallest = protocol.window or patch
+    size = inference_size(*sample.image.shape[:2], protocol.short_side, smallest)
+    return sample, resize_bilinear(sample.image, *size)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Whole pictures
+def load_images(dataset, protocol, patch, indices, workers, show_progress=False):
+    """(sample, resized image) of these indices, read by worker processes."""
+    images = parallel_map(functools.partial(load_image, dataset, protocol, patch), indices, workers)
+    return progress(images, len(indices), "images") if show_progress else images
 
 
-def centre(picture, size):
-    """The square in the middle, as wide as the short side: uint8 [H, W, 3] -> [size, size, 3], to the pixel as CLIP's
-    preprocessing, torchvision's on Pillow, has it."""
-    image = Image.fromarray(picture)
-    image = image.resize([size * side // min(image.size) for side in image.size], Image.BICUBIC)
+# --------------------------------------------------------------------------------------------------
+# Metrics
+
+
+class Confusion:
+    """Pixel counts over a data set: per class correct, predicted, labelled, as mmsegmentation."""
+
+    def __init__(self, num_classes):
+        self.counts = np.zeros((3, num_classes), np.int64)
+
+    def add(self, prediction, label):
+        """One image: uint8 arrays of the same shape. Pixels whose label is 255 do not count."""
+        scored = label != 255
+        prediction = prediction[scored]
+        label = label[scored]
+        n = self.counts.shape[1]
+        correct = prediction[prediction == label]
+        for counts, values in zip(self.counts, (correct, prediction, label[label < n])):
+            counts += np.bincount(values, minlength=n)
+
+    def iou(self):
+        """[C] of fractions; NaN for a class that is neither predicted nor labelled."""
+        correct, predicted, labelled = self.counts
+        union = predicted + labelled - correct
+        return np.divide(correct, union, out=np.full(len(union), np.nan), where=union > 0)
+
+    def accuracy(self):
+        """[C] of fractions; NaN for a class that is not labelled."""
+        correct, _, labelled = self.counts
+        return np.divide(correct, labelled, out=np.full(len(correct), np.nan), where=labelled > 0)
+
+    def summary(self):
+        """-> mIoU, mAcc and aAcc, as fractions."""
+        correct, _, labelled = self.counts.sum(axis=1)
+        overall = float(correct / max(labelled, 1))
+        return {"mIoU": mean(self.iou()), "mAcc": mean(self.accuracy()), "aAcc": overall}
+
+
+def mean(values):
+    """The mean of the values that are not NaN; 0 if there is none."""
+    values = np.asarray(values, float)
+    return 0.0 if np.isnan(values).all() else float(np.nanmean(values))
+
+
+def sum_over_processes(counts, device):
+    """An array of integers, summed over all processes."""
+    total = torch.as_tensor(np.asarray(counts), device=device)
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    return total.cpu().numpy()
+
+
+def evaluate(segmenter, dataset, output=None, limit=None, workers=2, rank=0, world=1):
+    """Labels a data set, each process its share -> metrics on process 0; None without label maps.
+
+    output: a folder for predictions/NAME.png and examples.png, or None. limit: only the first
+    images.
+    """
+    names = class_names(dataset, segmenter.protocol)
+    colours = palette(len(names))
+    confusion = Confusion(len(names))
+    labelled = 0
+    examples = []
+    indices = range(rank, min(len(dataset), limit or len(dataset)), world)
+    images = load_images(
+        dataset, segmenter.protocol, segmenter.patch, indices, workers, show_progress=rank == 0
+    )
+    for sample, result in segmenter(images):
+        if output:
+            save_label(output / "predictions" / f"{sample.name}.png", result.label, colours)
+        if sample.label is not None:
+            confusion.add(result.label, sample.label)
+            labelled += 1
+        if len(examples) < 6:
+            examples.append((sample.image, sample.label, result.regions, result.label))
+    device = segmenter.text.device
+    confusion.counts = sum_over_processes(confusion.counts, device)
+    labelled = int(sum_over_processes([labelled], device)[0])
+    if rank:
+        return None
+    if output:
+        draw_examples(examples, names, colours, output / "examples.png")
+    if not labelled:
+        return None
+    iou = {name: None if np.isnan(x) else float(x) for name, x in zip(names, confusion.iou())}
+    return confusion.summary() | {"IoU": iou, "images": labelled}
+
+
+def class_names(dataset, protocol):
+    background = (
+        protocol.background_threshold is not None or protocol.background_entropy is not None
+    )
+    return ["background"] * background + dataset.words
+
+
+# Zero-shot classification
+
+
+def center_crop(image, size):
+    """uint8 [H, W, 3] -> [size, size, 3], as CLIP's preprocessing (torchvision's on Pillow)."""
+    image = Image.fromarray(image)
+    short_side = min(image.size)
+    image = image.resize([size * side // short_side for side in image.size], Image.BICUBIC)
     left, top = (round((side - size) / 2) for side in image.size)
     return np.asarray(image.crop((left, top, left + size, top + size)))
 
 
-def picture_scores(model, encoding, text):
-    """How much each picture is each word: text [Q, E] -> [B, Q], PACL's compatibility or the cosine of the image feature."""
+def image_scores(model, encoding, text):
+    """Scores of whole images [B, Q]: PACL's compatibility, or the cosine of the image feature."""
     if isinstance(model, PACL):
         return compatibility(encoding.regions.float(), text, model.config.patch_scale)
     return F.normalize(encoding.features.float(), dim=-1) @ text.T
 
 
 @torch.inference_mode()
-def classify(segmenter, pictures):
-    """(sample, its centre) ... -> [3, C]: the pictures of each class; those for which it is best; is among the best five."""
-    num_classes = len(segmenter.settings.classes)
-    counts = torch.zeros(3, num_classes, dtype=torch.long)
-    for batch in batches(pictures, segmenter.batch_size):
+def classify(segmenter, dataset, limit=None, workers=2, rank=0, world=1):
+    """Zero-shot classification of a ClassFolder -> metrics on process 0."""
+    num_classes = len(dataset.words)
+    counts = np.zeros((3, num_classes), np.int64)  # images of a class, top-1 correct, top-5 correct
+    indices = range(rank, min(len(dataset), limit or len(dataset)), world)
+    images = iter(
+        load_images(dataset, segmenter.protocol, segmenter.patch, indices, workers, rank == 0)
+    )
+    while batch := list(itertools.islice(images, segmenter.batch_size)):
         samples, crops = zip(*batch)
-        image = normalise(torch.as_tensor(np.stack(crops), device=segmenter.text.device).permute(0, 3, 1, 2))
-        scores = picture_scores(segmenter.model, segmenter.encode(image)[0], segmenter.text)
-        scores = best_word(scores, segmenter.owner, num_classes)  # [B, C]
-        label = torch.tensor([sample.label for sample in samples])
-        hits = scores.topk(min(5, num_classes)).indices.cpu() == label[:, None]  # [B, 5]
-        found = (torch.ones_like(label, dtype=torch.bool), hits[:, 0], hits.any(dim=1))
-        counts += torch.stack([torch.bincount(label[mask], minlength=num_classes) for mask in found])
-    return counts
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The metric
-
-
-class Score:
-    """Pixel counts over a whole data set: per class, predicted right, predicted, and labelled (mmsegmentation's rule)."""
-
-    def __init__(self, num_classes):
-        self.counts = np.zeros((3, num_classes), np.int64)
-
-    def add(self, prediction, label):
-        """One picture: uint8 arrays of the same shape. Where the label is 255, nothing counts."""
-        scored = label != 255
-        prediction, label = prediction[scored], label[scored]
-        n = self.counts.shape[1]
-        for counts, values in zip(self.counts, (prediction[prediction == label], prediction, label[label < n])):
-            counts += np.bincount(values, minlength=n)
-
-    def iou(self):
-        """[C] of fractions; NaN for a class that is neither predicted nor labelled."""
-        intersection, predicted, labelled = self.counts
-        union = predicted + labelled - intersection
-        return np.divide(intersection, union, out=np.full(len(union), np.nan), where=union > 0)
-
-    def accuracy(self):
-        """[C] of fractions; NaN for a class that is not labelled."""
-        intersection, _, labelled = self.counts
-        return np.divide(intersection, labelled, out=np.full(len(labelled), np.nan), where=labelled > 0)
-
-    def summary(self):
-        intersection, _, labelled = self.counts.sum(axis=1)
-        return {"mIoU": mean(self.iou()), "mAcc": mean(self.accuracy()), "aAcc": float(intersection / max(labelled, 1))}
-
-
-def mean(values):
-    """The mean of the values that are not NaN; 0 if there is none."""
-    return float(np.nanmean(values)) if not np.isnan(values).all() else 0.0
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Why a score is what it is
-
-
-def majority(parts, label):
-    """Each part of a picture has the label that most of its pixels have: parts int [H, W], label uint8 [H, W] -> [H, W]."""
-    parts = np.unique(parts, return_inverse=True)[1].reshape(label.shape)  # numbered without gaps
-    counts = np.bincount((256 * parts + label).ravel(), minlength=256 * (parts.max() + 1)).reshape(-1, 256)
-    counts[:, 255] = 0  # not scored
-    return counts.argmax(axis=1)[parts].astype(np.uint8)
-
-
-ANALYSIS = {  # what --analyse says, in the order in which it is best read
-    "ceiling": "mIoU if each patch had its majority class: about what patches allow",
-    "names perfect": "mIoU if each region had its majority class: names perfect",
-    "grouping perfect": "mIoU if each true region were named as a whole: grouping perfect",
-    "purity": "purity: pixels that have the majority class of their region",
-    "patches": "patches that get the class of most of their pixels",
-    "named right": "true regions that are named right",
-    "words found": "words of a picture among the image feature's best (--top-k, or 5)",
-    "captions": "captions nearest to their own of 100 pictures",
-    "regions": "number of regions in a picture",
-}
-
-
-class Analysis:
-    """What the score would be if one part of the model were perfect, and how good that part is by itself."""
-
-    def __init__(self, num_classes, segmenter, tokenizer):
-        self.model, self.text, self.owner, self.settings = (
-            segmenter.model,
-            segmenter.text,
-            segmenter.owner,
-            segmenter.settings,
-        )
-        self.tokenizer, self.top_k = tokenizer, segmenter.settings.top_k or 5
-        self.ceiling, self.grouped, self.named, self.patches = (Score(num_classes) for _ in range(4))
-        self.regions, self.right_names, self.words_found, self.captions, self.features = [], [], [], [], []
-
-    def add(self, sample, result):
-        (height, width), (h, w), P = sample.label.shape, result.seen, self.model.config.patch_size
-        y, x = np.arange(height)[:, None] * h // height, np.arange(width) * w // width  # of each pixel, as it was seen
-        patches = y // P * w + x // P
-        best = majority(patches, sample.label)
-        self.ceiling.add(best, sample.label)
-        self.patches.add(majority(patches, result.label), np.where(sample.label == 255, 255, best))
-        regions = result.regions if self.settings.window == 0 else result.regions[y, x]
-        self.grouped.add(majority(regions, sample.label), sample.label)
-        self.regions.append(len(np.unique(result.regions)))
-
-        there, named = [c for c in np.unique(sample.label) if c < len(result.scores)], sample.label.copy()
-        for c in there:
-            where = torch.as_tensor(sample.label == c, device=result.scores.device)
-            name = result.scores[:, where].mean(dim=1).argmax().item()
-            named[sample.label == c] = name
-            self.right_names.append(name == c)
-        self.named.add(named, sample.label)
-
-        first = len(result.scores) - len(self.settings.classes)  # 1 where background is not among the words
-        feature = F.normalize(result.features.float(), dim=-1)  # [windows, E]
-        ranking = (
-            best_word(feature @ self.text.T, self.owner, len(self.settings.classes)).amax(dim=0).argsort(descending=True)
-        )
-        top = ranking[: self.top_k].tolist()
-        self.words_found += [c - first in top for c in there if c >= first]
-        if sample.caption:
-            self.captions.append(sample.caption)
-            self.features.append(F.normalize(feature.mean(dim=0), dim=0))
-
-    def summary(self):
-        """-> {key of ANALYSIS: fraction or number}."""
-        grouped = self.grouped.summary()
-        return {
-            "ceiling": self.ceiling.summary()["mIoU"],
-            "names perfect": grouped["mIoU"],
-            "grouping perfect": self.named.summary()["mIoU"],
-            "purity": grouped["aAcc"],
-            "patches": self.patches.summary()["aAcc"],
-            "named right": mean(self.right_names),
-            "words found": mean(self.words_found),
-            "captions": self.retrieval(),
-            "regions": mean(self.regions),
-        }
-
-    @torch.inference_mode()
-    def retrieval(self):
-        """How often, of 100 pictures, a caption is nearest to its own; None without a hundred captions."""
-        found = []
-        for i in range(0, len(self.captions) - 99, 100):
-            text = self.tokenizer(self.captions[i : i + 100], self.model.config.context_length).to(self.text.device)
-            similarity = F.normalize(self.model.encode_text(text), dim=-1) @ torch.stack(self.features[i : i + 100]).T
-            found += (similarity.argmax(dim=1).cpu() == torch.arange(100)).tolist()
-        return mean(found) if found else None
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Semantic coherence: does the cosine of two patch tokens tell whether they show the same class? (PACL, Figure 3)
-
-PAIRS = 1000  # of patches of each picture, and as many with those of another one
-
-
-def patch_classes(label, patch, stride):
-    """The value that most pixels of a patch have, 255 among them: uint8 [H, W] -> [N]."""
-    pixels = torch.as_tensor(label).unfold(0, patch, stride).unfold(1, patch, stride)  # [rows, columns, P, P]
-    return pixels.flatten(2).flatten(0, 1).mode(dim=1).values  # [N, P*P] -> [N]
-
-
-@torch.inference_mode()
-def pairs_of_patches(segmenter, pictures):
-    """(sample, picture as seen) ... -> {"within a picture": (cosines [n], whether of one class [n]), "across pictures": ...}.
-
-    From each picture one of its windows is drawn, and from that PAIRS of patches, and as many with the picture before it.
-    """
-    s, visual = segmenter.settings, segmenter.model.visual
-    windows, draw = np.random.RandomState(0), np.random.RandomState(1)  # two, so that the size of a batch changes nothing
-    found, before = {"within a picture": [], "across pictures": []}, None
-    if not s.window:
-        raise InputError("--coherence needs windows; give --window")
-    for batch in batches((item for item in pictures if item[0].label is not None), segmenter.batch_size):
-        crops, labels = [], []
-        for sample, seen in batch:
-            (height, width), (h, w) = sample.label.shape, seen.shape[:2]
-            y, x = (windows.choice(window_starts(side, s.window, s.stride)) + np.arange(s.window) for side in (h, w))
-            crops.append(seen[y[:, None], x])
-            label = sample.label[((2 * y + 1) * height // (2 * h))[:, None], (2 * x + 1) * width // (2 * w)]
-            labels.append(patch_classes(label, visual.patch_size, s.stride_trick or visual.patch_size))
-        image = normalise(torch.as_tensor(np.stack(crops), device=segmenter.text.device).permute(0, 3, 1, 2))
-        tokens = torch.cat(segmenter.run(segmenter.model.patch_tokens, image)[0])  # [B, N, D]
-        for token, label in zip(F.normalize(tokens.float(), dim=-1).cpu(), labels):
-            token, label = token[label != 255], label[label != 255]
-            if len(label) < 2:
-                continue
-            i = draw.randint(len(label), size=PAIRS)
-            another = (i + draw.randint(1, len(label), size=PAIRS)) % len(label)  # any patch but i
-            others = [(token, label, another)] + [(*b, draw.randint(len(b[1]), size=PAIRS)) for b in [before] if b]
-            for pairs, (other, its, j) in zip(found.values(), others):
-                pairs.append(torch.stack([(token[i] * other[j]).sum(dim=-1), (label[i] == its[j]).float()]))
-            before = token, label
-    return {kind: torch.cat([torch.empty(2, 0), *pairs], dim=1).numpy() for kind, pairs in found.items()}
-
-
-def roc(scores, same):
-    """Scores [n], and 1 or 0, whether they should be high [n] -> the shares of the zeros [k] and of the ones [k] that reach
-    each threshold, from the highest down, and the area under this curve. None without both.
-
-    The area is how often a one scores higher than a zero, where a tie counts half; exact, by counting ranks.
-    """
-    values, which = np.unique(-scores, return_inverse=True)
-    positive, negative = (np.bincount(which[same == kind], minlength=len(values)) for kind in (1, 0))
-    if not positive.any() or not negative.any():
+        image = torch.as_tensor(np.stack(crops), device=segmenter.text.device)
+        encoding = segmenter.encode(normalise(image.permute(0, 3, 1, 2)))
+        scores = image_scores(segmenter.model, encoding, segmenter.text)
+        scores = max_over_synonyms(scores, segmenter.class_of_word, num_classes)
+        top = scores.topk(min(5, num_classes)).indices.cpu().numpy()  # [B, 5]
+        for sample, best in zip(samples, top):
+            counts[:, sample.label] += [1, best[0] == sample.label, sample.label in best]
+    counts = sum_over_processes(counts, segmenter.text.device)
+    if rank:
         return None
-    true, false = positive.cumsum(), negative.cumsum()
-    area = (negative * (2 * true - positive)).sum() / (2 * true[-1] * false[-1])
-    return np.append(0, false / false[-1]), np.append(0, true / true[-1]), float(area)
-
-
-def coherence(segmenter, pictures, path):
-    """Draws the curves -> what metrics.json says of them."""
-    found = pairs_of_patches(segmenter, pictures)
-    found = {"all pairs": np.concatenate(list(found.values()), axis=1)} | found
-    curves = {kind: curve for kind, (scores, same) in found.items() if (curve := roc(scores, same))}
-    draw_roc(curves, path)
+    total, top_1, top_5 = counts.sum(axis=1).tolist()
+    accuracy = {}
+    for name, (number, correct, _) in zip(dataset.folders, counts.T.tolist()):
+        accuracy[name] = correct / number if number else None
     return {
-        "area": {kind: curves[kind][2] if kind in curves else None for kind in found},
-        "true positives at 0, 5, ..., 100 % false ones": [
-            float(np.interp(x / 20, *curves["all pairs"][:2])) for x in range(21) if "all pairs" in curves
-        ],
-        "pairs": found["all pairs"].shape[1],
-        "of one class": mean(found["all pairs"][1]),
+        "top-1": top_1 / total,
+        "top-5": top_5 / total,
+        "accuracy": accuracy,
+        "images": total,
     }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Pictures of the result
+# --------------------------------------------------------------------------------------------------
+# Drawing
+
+# Easy to tell apart, on light and on dark.
+COLOURS = """
+e6194b 3cb44b ffe119 4363d8 f58231 911eb4 42d4f4 f032e6 bfef45 fabed4 469990 dcbeff 9a6324 800000
+aaffc3 808000 ffd8b1 000075 808080""".split()
 
 
-def wheel(n):
-    """n colours that are easy to tell apart: hues a golden ratio of the circle from each other. -> uint8 [n, 3]"""
-    colours = [colorsys.hsv_to_rgb(i * 0.618 % 1, (0.85, 0.55)[i % 2], (0.95, 0.75, 0.55)[i % 3]) for i in range(n)]
-    return (np.array(colours) * 255).astype(np.uint8)
-
-
-# Easy to tell apart, on light and on dark; grey is kept for the background.
-DISTINCT = (
-    "e6194b 3cb44b ffe119 4363d8 f58231 911eb4 42d4f4 f032e6 bfef45 fabed4 469990 dcbeff 9a6324 800000 aaffc3 808000 ffd8b1 000075"
-).split()
-
-
-def word_colours(words):
-    """A colour for each word, the same in every picture: its hash picks one, or the next that is free. -> uint8 [n, 3]"""
-    colours = [tuple(bytes.fromhex(c)) for c in DISTINCT] + wheel(len(words)).tolist()
-    free, chosen = list(range(len(colours))), []
-    for word in words:
-        if word == "background":
-            chosen.append((110, 110, 110))
-            continue
-        start = int(hashlib.md5(word.lower().encode()).hexdigest(), 16) % len(DISTINCT)
-        place = next((i for i in free if i >= start), free[0])
-        free.remove(place)
-        chosen.append(colours[place])
-    return np.array(chosen, np.uint8)
+def palette(n):
+    """n colours -> uint8 [n, 3]; after the first ones, hues a golden ratio of the circle apart."""
+    colours = [tuple(bytes.fromhex(colour)) for colour in COLOURS[:n]]
+    for i in range(n - len(colours)):
+        saturation = (0.85, 0.55)[i % 2]
+        value = (0.95, 0.75, 0.55)[i % 3]
+        red, green, blue = colorsys.hsv_to_rgb(i * 0.618 % 1, saturation, value)
+        colours.append((255 * red, 255 * green, 255 * blue))
+    return np.array(colours).astype(np.uint8)
 
 
 def legend(draw, box, entries, font):
-    """Swatches with their words, left to right and row by row, below (left, top) of `box` = (left, top, right) -> bottom."""
+    """Draws swatches with words, row by row, in box = (left, top, right) -> bottom."""
     left, top, right = box
     side = font.size
-    x, y = left, top
+    x = left
+    y = top
     for colour, word in entries:
-        width = 1.4 * side + draw.textlength(word, font) + side
+        width = 2.4 * side + draw.textlength(word, font)
         if x > left and x + width > right:
-            x, y = left, y + 1.5 * side
+            x = left
+            y += 1.5 * side
         draw.rectangle((x, y, x + side, y + side), tuple(int(v) for v in colour), "black")
         draw.text((x + 1.4 * side, y + side / 2), word, "black", font, anchor="lm")
         x += width
@@ -873,523 +758,404 @@ def legend(draw, box, entries, font):
 
 
 def with_legend(image, entries):
-    """The picture, and under it on white, so that nothing of it is covered, what its colours mean."""
+    """The image with a legend below it: (colour, word) ..."""
     font = ImageFont.load_default(max(12, image.width // 50))
-    blank = ImageDraw.Draw(Image.new("RGB", (1, 1)))
-    widest = max(2.4 * font.size + blank.textlength(word, font) for _, word in entries)
-    width = max(image.width, int(widest) + font.size)
+    draw = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    widest = max(3.4 * font.size + draw.textlength(word, font) for _, word in entries)
+    width = max(image.width, int(widest))
     box = (font.size // 2, image.height + font.size // 2, width)
-    sheet = Image.new("RGB", (width, legend(blank, box, entries, font)), "white")
+    sheet = Image.new("RGB", (width, legend(draw, box, entries, font)), "white")
     sheet.paste(image)
     legend(ImageDraw.Draw(sheet), box, entries, font)
     return sheet
 
 
-def overlay(picture, label, palette):
-    """The colours of the labels over the greys of the picture, with a light line between two labels."""
-    grey = np.asarray(Image.fromarray(picture).convert("L"))[..., None]
-    mixed = 0.5 * grey + 0.5 * palette[label]
-    edge = np.zeros(label.shape, bool)
-    edge[:, 1:] |= label[:, 1:] != label[:, :-1]
-    edge[1:] |= label[1:] != label[:-1]
-    mixed[edge] = 255
+def grey(image):
+    return np.asarray(Image.fromarray(image).convert("L"))
+
+
+def overlay(image, label, colours):
+    """The colours of the labels over the grey image, with white outlines."""
+    mixed = 0.5 * grey(image)[..., None] + 0.5 * colours[label]
+    mixed[find_boundaries(label, mode="inner")] = 255
     return Image.fromarray(mixed.astype(np.uint8))
 
 
-def heat(picture, scores):
-    """Scores [H, W] of one word over the picture: from the lowest, its dark grey, through red to the highest, yellow."""
+def heat(image, scores):
+    """Scores [H, W] of one word over the grey image: from dark (lowest) through red to yellow."""
     scores = (scores - scores.min()) / max(np.ptp(scores), 1e-9)
-    grey = 0.4 * np.asarray(Image.fromarray(picture).convert("L"))
-    red, green = (2 * scores).clip(max=1), (2 * scores - 1).clip(min=0)
-    return Image.fromarray(
-        np.stack([grey + (255 - grey) * red, grey + (230 - grey) * green, grey * (1 - scores)], -1).astype(np.uint8)
-    )
+    dark = 0.4 * grey(image)
+    red = dark + (255 - dark) * (2 * scores).clip(max=1)
+    green = dark + (230 - dark) * (2 * scores - 1).clip(min=0)
+    return Image.fromarray(np.stack([red, green, dark * (1 - scores)], -1).astype(np.uint8))
 
 
-def draw_examples(examples, words, palette, path, side=160):
-    """One row per example, (picture, truth or None, regions, prediction): picture | truth | regions | result."""
-    margin, head = 8, 24
-    titles = ("picture", "truth", "regions", "result")
-    sheet = Image.new("RGB", (margin + 4 * (side + margin), head + len(examples) * (side + margin)), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
-    used, region_colours = set(), wheel(64)
-    for column, title in enumerate(titles):
-        draw.text((margin + column * (side + margin), 5), title, "black", font)
-    for row, (picture, truth, regions, prediction) in enumerate(examples):
-        used |= set(prediction.flat) | (set() if truth is None else set(truth.flat))
-        for column, image in enumerate((picture, truth, region_colours[regions % 64], prediction)):
-            if image is not None:
-                image = Image.fromarray(palette[image] if column % 2 else image)
-                scale = side / max(image.size)
-                image = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))), Image.NEAREST)
-                sheet.paste(image, (margin + column * (side + margin), head + row * (side + margin)))
-    with_legend(sheet, [(palette[c], words[c]) for c in sorted(used - {255})]).save(path)
+def draw_examples(examples, words, colours, path, side=160):
+    """One row per example (image, label or None, regions, prediction)."""
+    margin = 8
+    head = 24
+    step = side + margin
+    sheet = Image.new("RGB", (margin + 4 * step, head + len(examples) * step), "white")
+    draw = ImageDraw.Draw(sheet)
+    for column, title in enumerate(("image", "ground truth", "regions", "result")):
+        draw.text((margin + column * step, 5), title, "black", ImageFont.load_default(13))
+    used = set()
+    colours = np.vstack([colours, np.full((256 - len(colours), 3), 255, np.uint8)])  # 255 is white
+    for row, (image, label, regions, prediction) in enumerate(examples):
+        columns = [image, None, palette(64)[regions % 64], colours[prediction]]
+        used |= set(prediction.flat)
+        if label is not None:
+            columns[1] = colours[label]
+            used |= set(label.flat)
+        for column, pixels in enumerate(columns):
+            if pixels is not None:
+                tile = Image.fromarray(pixels)
+                scale = side / max(tile.size)
+                tile = tile.resize([max(1, round(n * scale)) for n in tile.size], Image.NEAREST)
+                sheet.paste(tile, (margin + column * step, head + row * step))
+    with_legend(sheet, [(colours[c], words[c]) for c in sorted(used - {255})]).save(path)
 
 
-def draw_roc(curves, path, side=400):
-    """{name: (false positives [k], true positives [k], area)}, and the diagonal, which is chance."""
-    sheet = Image.new("RGB", (side + 80, side + 90), "white")
-    draw, font, colours = ImageDraw.Draw(sheet), ImageFont.load_default(13), wheel(len(curves))
-
-    def place(x, y):
-        return 50 + side * x, 35 + side * (1 - y)
-
-    draw.rectangle((place(0, 1), place(1, 0)), outline="black")
-    draw.line((place(0, 0), place(1, 1)), "grey")
-    for tick in (0, 0.25, 0.5, 0.75, 1):
-        (x, bottom), (left, y) = place(tick, 0), place(0, tick)
-        draw.text((x, bottom + 5), f"{tick:g}", "black", font, anchor="ma")
-        draw.text((left - 5, y), f"{tick:g}", "black", font, anchor="rm")
-    draw.text((5, 8), "pairs of one class whose cosine reaches a threshold", "black", font)
-    draw.text((50 + side, side + 60), "pairs of two classes whose cosine does", "black", font, anchor="ra")
-    at = np.linspace(0, 1, side + 1)
-    for colour, (false, true, _) in zip(colours.tolist(), curves.values()):
-        draw.line([place(0, 0), *map(place, at, np.interp(at, false, true))], tuple(colour), 2)
-    areas = {"chance": 0.5} | {name: area for name, (_, _, area) in curves.items()}
-    entries = [(colour, f"{name}: area {area:.3f}") for colour, (name, area) in zip([(128,) * 3, *colours], areas.items())]
-    with_legend(sheet, entries).save(path)
-
-
-def save_labels(path, label, palette, key=""):
-    """A palette PNG, with what it depends on in a note; never half of one."""
-    make_folder(path.parent)
-    image, note = Image.fromarray(label), PngInfo()
-    image.putpalette(palette.ravel().tolist())
-    note.add_text("key", key)
-    image.save(path.with_suffix(".part"), "PNG", pnginfo=note)
+def save_label(path, label, colours):
+    """A palette PNG, written completely or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = Image.fromarray(label)
+    image.putpalette(colours.ravel().tolist())
+    image.save(path.with_suffix(".part"), "PNG")
     os.replace(path.with_suffix(".part"), path)
 
 
-def prediction_key(record, path):
-    """What a prediction depends on: the settings, and the picture as it lies on disk."""
-    stat = path.stat() if path and path.exists() else None
-    return hashlib.sha256(json.dumps([record, str(path), stat and [stat.st_size, stat.st_mtime_ns]]).encode()).hexdigest()
+def show_image(segmenter, dataset, output, with_heat):
+    """Writes overlay, labels and regions of a data set's one image; prints the classes' shares."""
+    images = load_images(dataset, segmenter.protocol, segmenter.patch, [0], workers=0)
+    ((sample, result),) = segmenter(images)
+    words = class_names(dataset, segmenter.protocol)
+    colours = palette(len(words))
+    share = np.bincount(result.label.ravel(), minlength=len(words)) / result.label.size
+    present = [c for c in np.argsort(-share) if share[c] > 0]
+    for c in present:
+        print(f"{words[c]:>20}  {100 * share[c]:5.1f} %")
+    entries = [(colours[c], f"{words[c]} {100 * share[c]:.0f} %") for c in present]
+    regions = Image.fromarray(palette(64)[result.regions % 64])
+    files = {
+        "overlay": with_legend(overlay(sample.image, result.label, colours), entries),
+        "regions": regions.resize(result.label.shape[::-1], Image.NEAREST),
+    }
+    if with_heat:
+        for c, word in enumerate(words):
+            letters = "".join(letter if letter.isalnum() else "_" for letter in word)
+            scores = result.scores[c].cpu().numpy()
+            files[f"heat_{c}_{letters[:60]}"] = heat(sample.image, scores)
+    paths = {name: output / f"{sample.name}_{name}.png" for name in ("labels", *files)}
+    save_label(paths["labels"], result.label, colours)
+    for name, image in files.items():
+        image.save(paths[name])
+    print(f"wrote {', '.join(map(str, paths.values()))}")
 
 
-def read_prediction(path, key):
-    """The labels that an earlier run saved; None if there are none, or others, or damaged ones."""
+# --------------------------------------------------------------------------------------------------
+# What every program does
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line, and whose help keeps the lines of commands."""
+
+    def __init__(self, description=None, **others):
+        style = functools.partial(
+            argparse.RawDescriptionHelpFormatter, max_help_position=26, width=100
+        )
+        super().__init__(
+            usage="%(prog)s [flags]",
+            description=description,
+            epilog="[x] is the default.",
+            formatter_class=style,
+            allow_abbrev=False,
+            **others,
+        )
+
+    def error(self, message):
+        raise InputError(f"{message} (see --help)")
+
+
+def number(kind, least, most=1e9):
+    """An argparse type: an int or float between these limits."""
+
+    def parse(text):
+        value = kind(text)
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{text} is not between {least:g} and {most:g}")
+        return value
+
+    parse.__name__ = "number"  # argparse says "invalid number value"
+    return parse
+
+
+def pick_device(name):
+    """ "cpu", "cuda:1", ... -> torch.device; None is the GPU if there is one. Raises InputError."""
+    device = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        with Image.open(path) as image:
-            return np.asarray(image) if image.info.get("key") == key else None
-    except UNREADABLE:
-        return None
+        torch.empty(0, device=device)
+        return torch.device(device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {name}: not available here ({first_line(error)})") from None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def start_processes(device_name):
+    """-> rank, number of processes, device: one process, or as many as torchrun started."""
+    torch.backends.cudnn.allow_tf32 = False  # fp32 is fp32 on GPUs, too
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    device = pick_device(device_name)
+    if world > 1:
+        if device.type == "cuda":
+            device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return rank, world, device
+
+
+def run_program(main, if_interrupted):
+    """Runs main() and ends the process. What the user gave wrong is one line, a bug a traceback."""
+    complaint = None
+    try:
+        main()
+    except KeyboardInterrupt:
+        complaint = if_interrupted
+    except (InputError, OSError) as error:
+        # A worker process's exception has the worker's traceback as its message, its own in the
+        # last line.
+        lines = (str(error).strip() or type(error).__name__).splitlines()
+        complaint = lines[-1].removeprefix("model.InputError: ")
+    except Exception:
+        complaint = traceback.format_exc().rstrip()
+    finally:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or torch complains about the workers' end
+        for worker in multiprocessing.active_children():
+            worker.kill()
+    if complaint and not complaint.startswith("Traceback"):
+        complaint = f"{Path(sys.argv[0]).name}: {complaint}"
+    if not dist.is_initialized():
+        sys.exit(complaint)
+    # One of several processes leaves at once: gloo's threads end while they hold Python's lock, and
+    # a thread that still owns one of our tensors waits for it for ever (torch 2.4 to 2.13).
+    if complaint:
+        print(complaint, file=sys.stderr)
+    else:
+        dist.barrier()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1 if complaint else 0)
+
+
+# --------------------------------------------------------------------------------------------------
 # The program
 
+SCENES = {"synthetic": "val", "synthetic-unseen": "unseen"}  # their split
+DATASETS = [*SCENES, *sorted(BENCHMARKS)]
+RUNS = {"segclip": "runs/synthetic", "clip": "runs/clip", "pacl": "runs/pacl"}  # of train.py
+DEFAULT_CHECKPOINT = f"{RUNS['segclip']}/checkpoint.pt"
+# Fields of Protocol that are flags, too.
+CHANGES = ("templates", "short_side", "window", "stride", "top_k", "logit_scale", "area_threshold")
+CHANGES = (*CHANGES, "background_entropy", "stride_trick", "refine")
 
-def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        usage="python evaluate.py [what to label] [--checkpoint FILE] [how] [where to]",
-        description=__doc__,
-        epilog="[x] is the default.",
-        formatter_class=ManualPage,
-    )
+
+def add_arguments(parser):
     # fmt: off
-    what = parser.add_argument_group("what to label: --dataset, --images, --image or --classify")
-    add = what.add_mutually_exclusive_group().add_argument
-    add("--dataset", default="synthetic", metavar="NAME", choices=[*SCENES, *sorted(BENCHMARKS)],
-        help="a benchmark: %(choices)s [%(default)s]")
-    add("--images", metavar="DIR", help="a folder of your own pictures")
-    add("--image", metavar="FILE", help="one picture; writes an overlay, the labels and the regions")
-    add("--classify", metavar="DIR", help="whole pictures, to be told apart: one folder a class, named by it")
-    add = what.add_argument
-    add("--data-root", metavar="DIR", help="the benchmark's folder, for example VOCdevkit/VOC2012")
+    add = parser.add_argument_group("what to label").add_argument
+    add("--dataset", choices=DATASETS, default="synthetic", metavar="NAME",
+        help="a data set with label maps: %(choices)s [%(default)s]")
+    add("--data-root", metavar="DIR", help="its folder, for example VOCdevkit/VOC2012")
+    add("--image", metavar="FILE", help="one image: writes an overlay, the labels and the regions")
+    add("--images", metavar="DIR", help="a folder of your own images")
     add("--labels-dir", metavar="DIR",
-        help="label maps of --images, NAME.png: class numbers from 0 in one byte a pixel, 255: not scored")
-    add("--words", metavar="W", help='the classes, for --image and --images: "cat, grass, sky"')
-    add("--classes", metavar="FILE",
-        help="the classes, for all of these: one in each line, synonyms separated by commas")
-    add("--compare", action="store_true",
-        help="a table of CLIP, its read-outs, PACL and SegCLIP, as train.py left them in runs")
-    add("--limit", type=int, metavar="N", help="only the first N pictures, for a quick look [all]")
-    add("--seed", type=int, default=0, metavar="N", help="of the synthetic scenes [%(default)s]")
-    model = parser.add_argument_group("the model")
-    add = model.add_argument
+        help="label maps of --images, NAME.png: class numbers from 0 in one byte, 255 not scored")
+    add("--classify", metavar="DIR", help="classify whole images: one folder per class")
+    add("--words", metavar="W",
+        help='the classes: "cat, grass, sky", or a file with one class per line and synonyms '
+        "between commas; needed by --image and --images")
+    add("--limit", type=number(int, 1), metavar="N", help="only the first N images [all]")
+    add = parser.add_argument_group("the model").add_argument
     add("--checkpoint", "--model", default=DEFAULT_CHECKPOINT, metavar="FILE",
-        help="one of train.py's, the authors' segclip.bin, or a CLIP (a file, or by name: ViT-B/16), whose patch tokens are "
-        "then read [%(default)s]")
+        help="a checkpoint of train.py, the authors' segclip.bin, or a CLIP: a file, or ViT-B/16 "
+        "[%(default)s]")
     add("--readout", choices=READOUTS, default="clip",
-        help="how the last block of a CLIP makes patch tokens; all but clip see more than CLIP was trained to show, and are "
-        "explained at read_out in model.py [%(default)s]")
+        help="how a CLIP's last block makes patch tokens; see read_out in model.py [%(default)s]")
     add("--activation", choices=ACTIVATIONS,
-        help="of a CLIP from another source than OpenAI: gelu for LAION's and DataComp's weights; no file tells [quick_gelu]")
-    add("--vocabulary", metavar="FILE", help="OpenAI's BPE vocabulary, if it is not in the cache and cannot be fetched")
+        help="of a CLIP that is not OpenAI's: gelu for LAION's and DataComp's weights [quick_gelu]")
+    add("--vocabulary", metavar="FILE", help="OpenAI's BPE vocabulary [cache, or download]")
     add("--device", help="cpu, cuda, cuda:1, ... [a GPU if there is one]")
-    add("--precision", choices=("bf16", "fp32"), default="fp32", help="bf16 is faster where supported [%(default)s]")
-    add("--batch-size", type=int, default=16, metavar="B",
-        help="windows that are encoded together; fewer if memory is short [%(default)s]")
-    add("--workers", type=int, default=2, metavar="N", help="processes that read pictures; 0: none but this [%(default)s]")
-    how = parser.add_argument_group("how")
-    add = how.add_argument
-    add("--protocol", choices=PROTOCOLS, default="segclip",
-        help="the settings of a paper's tables, by data set; each can be changed by a flag below. dense: another name of "
-        "sclip [%(default)s]")
-    add("--templates", type=int, choices=TEMPLATES, help="sentences around a word: one, or OpenAI's 7 or 80 [the protocol's]")
-    add("--short-side", type=int, metavar="PIXELS", help="of a picture, as the model sees it [the protocol's]")
-    add("--window", type=int, metavar="PIXELS", help="side of a window; 0: the whole image at once [the protocol's]")
-    add("--stride", type=int, metavar="PIXELS", help="from one window to the next [the protocol's]")
-    add("--stride-trick", type=int, metavar="PIXELS",
-        help="from one patch to the next: less than a patch gives finer maps, for more time [patch size]")
-    add("--refine", choices=("pamr",),
-        help="move the borders to those of the colours, by pixel-adaptive refinement [no]")
-    add("--top-k", type=int, metavar="K",
-        help="how many different words the regions of a window may get; more for crowded pictures [segclip: 5]")
-    add("--logit-scale", type=float, metavar="S",
-        help="inverse temperature of the softmax over the words; not of segclip, which has the model's [the protocol's]")
-    add("--area-threshold", type=float, metavar="SHARE",
-        help="leave out classes with a smaller share of the foreground; not of segclip [sclip on VOC: 0.1]")
-    add("--background", "--background-threshold", dest="background_threshold", nargs="?", const=OWN, metavar="T",
-        help="pixels can be none of the words: where none reaches T, between 0 and 1 [the protocol's]")
-    add("--background-entropy", type=float, metavar="T",
-        help="instead: where the entropy of the softmax over the words is more than T; PACL has 1.5 on VOC [no]")
-    result = parser.add_argument_group("the result")
-    add = result.add_argument
-    add("--output", metavar="DIR", help="[of scenes: the checkpoint's; else runs/NAME, or runs/images, runs/image, runs/classify]")
-    add("--analyse", action="store_true", help="say why the score is what it is, part by part of the model")
-    add("--coherence", action="store_true",
-        help="does the cosine of two patch tokens tell whether they are of one class? draws roc.png")
+    add("--precision", choices=("bf16", "fp32"), default="fp32", help="[%(default)s]")
+    add("--batch-size", type=number(int, 1), default=16, metavar="B",
+        help="windows that are encoded together [%(default)s]")
+    add("--workers", type=number(int, 0), default=2, metavar="N",
+        help="processes that read images; 0: only this one [%(default)s]")
+    add = parser.add_argument_group("the protocol, and changes to it").add_argument
+    add("--protocol", choices=[name for name in PROTOCOLS if name != "classify"], default="segclip",
+        help="the settings of a paper's tables, by data set; dense is sclip [%(default)s]")
+    add("--templates", type=int, choices=TEMPLATES, help="sentences around a word")
+    add("--short-side", type=number(int, 1), metavar="PIXELS", help="inference resolution")
+    add("--window", type=number(int, 0), metavar="PIXELS",
+        help="side of a window; 0: the whole image at once")
+    add("--stride", type=number(int, 1), metavar="PIXELS", help="from one window to the next")
+    add("--stride-trick", type=number(int, 1), metavar="PIXELS",
+        help="from one patch to the next: less than the patch size for finer maps [patch size]")
+    add("--refine", choices=("pamr",), help="move borders to those of colours, by PAMR [no]")
+    add("--top-k", type=number(int, 1), metavar="K", help="segclip: most classes in a window [5]")
+    add("--logit-scale", type=number(float, 0), metavar="S",
+        help="inverse temperature of the softmax over words; segclip has the model's")
+    add("--area-threshold", type=number(float, 0, 1), metavar="SHARE",
+        help="leave out classes with less of the foreground; not segclip [sclip on VOC: 0.1]")
+    add("--background", type=number(float, 0, 1), nargs="?", const=-1.0, metavar="T",
+        help="your own images have a background: where no word reaches T; T for a data set")
+    add("--background-entropy", type=number(float, 0), metavar="T",
+        help="instead: where the entropy of the softmax over the words exceeds T; PACL: 1.5 on VOC")
+    add = parser.add_argument_group("the result").add_argument
+    add("--output", metavar="DIR", help="[scenes: the checkpoint's folder; else runs/NAME]")
     add("--heat", action="store_true",
-        help="with --image: a heat map for each word, too, from its own lowest score to its own highest")
+        help="with --image: a heat map of each word, from its lowest score to its highest")
     # fmt: on
-    return parser.parse_args(argv)
 
 
-def kind_of(args):
-    return next((kind for kind in ("classify", "image", "images") if getattr(args, kind)), args.dataset)
-
-
-def open_dataset(args, size):
-    """What the flags name: its words, whether it has_background, len, and Samples by number; of all but a ClassFolder also
-    names, palette, and picture_path(number). Raises InputError."""
+def parse_args(argv=None, parser=None):
+    """-> the flags. Raises InputError for flags that do not go together."""
+    parser = parser or Parser(__doc__)
+    add_arguments(parser)
+    args = parser.parse_args(argv)
+    own = [flag for flag in ("image", "images", "classify") if getattr(args, flag)]
+    if len(own) > 1:
+        parser.error(f"--{own[0]} or --{own[1]}, not both")
+    if own and args.data_root:
+        parser.error(f"--data-root is for --dataset, not for --{own[0]}")
+    if args.dataset in BENCHMARKS and not own and not args.data_root:
+        parser.error(f"--dataset {args.dataset} needs --data-root, the folder that holds it")
+    if args.dataset in SCENES and args.data_root:
+        parser.error("--data-root needs --dataset; --images is for images of your own")
+    if (args.image or args.images) and not args.words:
+        parser.error('--image and --images need --words "cat, grass, sky" or --words FILE')
     if args.heat and not args.image or args.labels_dir and not args.images:
-        raise InputError("--heat is for --image, --labels-dir for --images")
-    if args.words and (args.classes or not (args.image or args.images)):
-        raise InputError("--words is for --image and --images; it is this or --classes")
-    if (args.coherence or args.analyse) and (args.image or args.images and not args.labels_dir):
-        raise InputError("--analyse and --coherence are for pictures with label maps")
+        parser.error("--heat is for --image, --labels-dir for --images")
+    if args.background is not None and args.background_entropy is not None:
+        parser.error("--background-entropy: it is this or --background")
     if args.classify:
-        no = ("image", "images", "window", "short_side", "stride", "top_k", "logit_scale", "area_threshold", "refine")
-        for name in (*no, "analyse", "coherence"):
-            if getattr(args, name) is not None and getattr(args, name) is not False:
-                raise InputError(f"--{name.replace('_', '-')} cannot be had with --classify")
+        unused = [x for x in (*CHANGES, "background") if x not in ("templates", "stride_trick")]
+        for name in unused:
+            if getattr(args, name) is not None:
+                parser.error(f"--classify has no --{name.replace('_', '-')}")
         if args.protocol != "segclip":
-            raise InputError("--protocol cannot be had with --classify; --templates can")
-        return ClassFolder(args.classify)
-    if args.image or args.images:
-        if not args.words and not args.classes:
-            raise InputError('--image and --images need words: --words "cat, grass, sky" or --classes FILE')
-        if args.words and (args.words.endswith(".txt") or os.path.isfile(args.words)):
-            raise InputError(f"--words {args.words}: takes the words themselves; for a file of them, --classes")
-        words = listed(args.words) if args.words else [names[0] for names in read_classes(args.classes)]
-        has_background = args.background_threshold is not None or args.background_entropy is not None
-        check_words(words, has_background, args.classes or "--words")
-        if args.image:
-            return PictureFolder(Path(args.image).parent, None, words, has_background, [Path(args.image)])
-        return PictureFolder(args.images, args.labels_dir, words, has_background, output=output_folder(args))
-    if args.data_root and args.dataset in SCENES:
-        raise InputError("--data-root needs --dataset; to label pictures of your own, --images")
-    if args.dataset in SCENES:
-        return SyntheticScenes(size, args.seed, SCENES[args.dataset])
-    if args.data_root is None:
-        raise InputError(f"--dataset {args.dataset} needs --data-root, the folder that holds it")
-    return SegmentationFolder(args.dataset, args.data_root)
+            parser.error("--classify has no --protocol")
+    return args
 
 
-def check(args, settings, patch):
-    """Raises InputError for flags that make no sense."""
-    if (args.image or args.analyse or args.coherence) and dist.is_initialized():  # one cannot be shared, these need them all
-        raise InputError("--image, --analyse and --coherence are for one process; start it with python, not torchrun")
-    for name in ("short_side", "stride", "batch_size", "limit", "top_k"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise InputError(f"--{name.replace('_', '-')} {value}: must be at least 1")
-    for name in ("logit_scale", "area_threshold"):
-        value = getattr(args, name)
-        if value is not None and settings.scoring == "regions":
-            raise InputError(f"--{name.replace('_', '-')}: --protocol {settings.protocol} has none")
-        if value is not None and not 0 <= value <= (1 if name == "area_threshold" else 1e4):
-            raise InputError(f"--{name.replace('_', '-')} {value}: out of range")
-    if not 0 <= args.seed < 2**32 or args.workers < 0:
-        raise InputError(f"--seed {args.seed} or --workers {args.workers}: out of range")
-    if settings.stride_trick is not None and (settings.stride_trick < 1 or patch % settings.stride_trick):
-        raise InputError(f"--stride-trick {settings.stride_trick}: must divide {patch}, the model's patch size")
-    if settings.window < 0 or settings.window % patch or settings.window and settings.stride > settings.window:
-        raise InputError(
-            f"--window {settings.window} must be 0 or a multiple of {patch}, the model's patch size, and --stride {settings.stride} "
-            "not more than it"
+def open_dataset(name, root, image_size):
+    """A data set by name: scenes of this size, or a benchmark's folder. Raises InputError."""
+    if name in SCENES:
+        return SyntheticScenes(image_size, split=SCENES[name])
+    return SegmentationFolder(name, root)
+
+
+def warn_of_unknown_words(tokenizer, classes):
+    """A vocabulary learned from captions has one token for each word that is frequent in them."""
+    words = [word for synonyms in classes for word in synonyms]
+    rare = [w for w in words if any(len(tokenizer.pieces(part)) > 1 for part in tokenizer.words(w))]
+    if rare and tokenizer.vocab_size < Config.vocab_size:
+        print(
+            f"rare or unknown in this model's training captions: {', '.join(rare)}", file=sys.stderr
         )
+
+
+def report(metrics):
+    """Prints what metrics.json has."""
+    kind = "IoU" if "IoU" in metrics else "accuracy"
+    for name, value in metrics[kind].items():
+        percent = "    -" if value is None else f"{100 * value:5.1f} %"
+        print(f"{name:>20}  {kind} {percent}")
+    totals = [name for name in ("mIoU", "mAcc", "aAcc", "top-1", "top-5") if name in metrics]
+    line = "  ".join(f"{name} {100 * metrics[name]:.2f} %" for name in totals)
+    print(f"{line}  over {metrics['images']} images  protocol {metrics['protocol']['name']}")
+
+
+def open_segmenter(args, device):
+    """What the flags ask for -> Segmenter, tokenizer, data set. Raises InputError."""
+    path = fetch(args.checkpoint) if args.checkpoint in MODELS else Path(args.checkpoint)
+    if args.checkpoint == DEFAULT_CHECKPOINT and not path.exists():
+        raise InputError(
+            f"{path}: does not exist; run `python train.py`, or give --checkpoint FILE"
+        )
+    model = load_model(path, args.readout, args.activation).to(device).eval()
+    tokenizer = load_tokenizer(path, args.vocabulary)
+    config = model.config
+    if config.vocab_size != tokenizer.vocab_size:
+        sizes = f"{config.vocab_size} tokens, but the vocabulary has {tokenizer.vocab_size}"
+        raise InputError(f"{args.checkpoint}: made for {sizes}")
+
+    classes = read_classes(args.words) if args.words else None
+    has_background = args.background is not None or args.background_entropy is not None
+    own = args.image or args.images
+    if args.classify:
+        dataset = ClassFolder(args.classify)
+    elif own:
+        words = [synonyms[0] for synonyms in classes]
+        dataset = ImageFolder(own, args.labels_dir, words, has_background, output_folder(args))
+    else:
+        dataset = open_dataset(args.dataset, args.data_root, config.image_size)
+        if has_background and not dataset.has_background:
+            raise InputError(f"--background: {args.dataset} has no background")
+    if classes and len(classes) != len(dataset.words):
+        counts = f"{len(classes)} classes, but {dataset.name} has {len(dataset.words)}"
+        raise InputError(f"--words {args.words}: {counts}")
+    if not len(dataset):
+        raise InputError(f"{args.images or args.data_root}: no image to label")
+
+    changes = {name: getattr(args, name) for name in CHANGES}
+    if args.background is not None and args.background >= 0:
+        changes["background_threshold"] = args.background
+    name = "classify" if args.classify else args.protocol
+    protocol = choose_protocol(name, dataset, config, classes, **changes)
+    words = class_features(model, tokenizer, protocol)
+    bf16 = args.precision == "bf16"
+    return Segmenter(model, *words, protocol, args.batch_size, bf16), tokenizer, dataset
+
+
+def output_folder(args):
+    """--output, or of the scenes the checkpoint's own folder, or runs/NAME."""
+    kind = next((x for x in ("image", "images", "classify") if getattr(args, x)), args.dataset)
+    home = Path(args.checkpoint).parent
+    if args.checkpoint in MODELS:
+        home = Path("runs", args.checkpoint.replace("/", "-"))
+    homes = {"synthetic": home, "synthetic-unseen": home / "unseen"}
+    return Path(args.output or homes.get(kind, f"runs/{kind}"))
 
 
 def main(argv=None):
     args = parse_args(argv)
     rank, world, device = start_processes(args.device)
-    if args.compare:
-        return compare(args, device)
-    metrics = label_and_score(args, rank, world, device)
-    if rank == 0 and metrics:
-        report(metrics)
-
-
-PUBLISHED_ON = ("VOC-21", "Context-60", "COCO-Object", "VOC-20", "Context-59", "COCO-Stuff", "ADE", "Cityscapes")
-# What --compare compares: name: (--method of train.py, read-out, mIoU in the papers with ViT-B/16).
-COMPARED = {
-    "CLIP": ("clip", "clip", "- - - 8.4 2.3 2.6 1.3 -"),
-    "MaskCLIP": ("clip", "maskclip", "43.4 23.2 20.6 74.9 26.4 16.7 11.9 24.9"),
-    "SCLIP": ("clip", "sclip", "59.1 30.4 30.5 80.4 34.2 22.4 16.1 32.2"),
-    "ClearCLIP": ("clip", "clearclip", "51.8 32.6 33.0 80.9 35.9 23.9 16.7 30.0"),
-    "NACLIP": ("clip", "naclip", "58.9 32.2 33.2 79.7 35.2 23.3 17.4 35.5"),
-    "PACL": ("pacl", "clip", "- - - 72.3 50.1 38.8 31.4 -"),
-    "SegCLIP": ("segclip", "clip", "52.6 24.7 26.5 - - - - -"),
-}
-
-
-def compare(args, device):
-    """Score the models of the scenes one after the other, and print a table in Markdown. Raises InputError."""
-    if dist.is_initialized():
-        raise InputError("--compare is for one process; start it with python, not torchrun")
-    if kind_of(args) in ("image", "images", "classify"):
-        raise InputError("--compare is for --dataset")
-    for method in RUNS:
-        trained(method)
-    print(
-        f"| | mIoU on {args.dataset} | patches right | {' | '.join(PUBLISHED_ON)} |\n|---|---|---|{'---|' * len(PUBLISHED_ON)}"
-    )
-    for name, (method, readout, published) in COMPARED.items():
-        changes = {"checkpoint": trained(method), "readout": readout, "analyse": True}
-        changes["output"] = str(Path(args.output or "runs/compare", name))
-        metrics = label_and_score(argparse.Namespace(**vars(args) | changes), 0, 1, device)
-        measured = [f"{100 * value:.1f} %" for value in (metrics["mIoU"], metrics["analysis"]["patches"])]
-        print(f"| {' | '.join([name, *measured, *published.split()])} |", flush=True)
-
-
-def trained(method):
-    """The checkpoint that train.py leaves of the scenes. Raises InputError."""
-    path = Path(RUNS[method], "checkpoint.pt")
-    if not path.exists():
-        raise InputError(
-            f"{path}: not there yet; make it with `python train.py --method {method}`, or give --checkpoint FILE"
-        )
-    return str(path)
-
-
-def label_and_score(args, rank, world, device):
-    """What the flags name, with the checkpoint that they name -> metrics, as evaluate. Raises InputError."""
-    if args.checkpoint == DEFAULT_CHECKPOINT:
-        trained("segclip")
-    path = fetch(args.checkpoint) if args.checkpoint in MODELS else args.checkpoint
-    model = load_model(path, args.readout, args.activation).to(device).eval()
-    tokenizer = load_tokenizer(path, args.vocabulary)
-    if tokenizer.vocab_size != model.config.vocab_size:
-        raise InputError(
-            f"{args.checkpoint}: made for {model.config.vocab_size} tokens, but the vocabulary has {tokenizer.vocab_size}"
-        )
-    origin = {"checkpoint": str(args.checkpoint), "checkpoint_sha256": sha256_of(path), "readout": args.readout}
-    return evaluate(args, model, tokenizer, rank, world, origin)
-
-
-def plan(args, config):
-    """What the flags ask of a model of these sizes: data set, settings, number of pictures. Raises InputError."""
-    dataset = open_dataset(args, config.image_size)
-    settings = choose_settings(args, dataset, config.image_size)
-    check(args, settings, config.patch_size)
-    count = len(dataset) if args.limit is None else min(len(dataset), args.limit)
-    if count < 1:
-        raise InputError(f"{args.images or args.dataset}: no picture to label")
-    return dataset, settings, count
-
-
-def evaluate(args, model, tokenizer, rank, world, origin):
-    """Label what the flags name, each process its share, and write it -> metrics of all of it on process 0, where labelled.
-
-    origin: what tells this model from others, for metrics.json and for knowing earlier predictions. Raises InputError.
-    """
-    dataset, settings, count = plan(args, model.config)
-    kind, output = kind_of(args), output_folder(args)
-    make_folder(output)
-    source = args.classify or args.image or args.images or args.data_root
-    record = {
-        "dataset": kind,
-        "data": source and str(Path(source).resolve()),
-        "seed": args.seed if kind in SCENES else None,
-        **origin,
-        "vocabulary": args.vocabulary,
-        "git": git_revision(),
-        "code": code_hash(),
-        "precision": args.precision,
-        **vars(settings),
-    }
-    if rank == 0 and kind in ("image", "images", "classify"):
-        tell_unknown_words(tokenizer, settings)
-    text, owner = class_features(model, tokenizer, settings)
-    segmenter = Segmenter(model, text, owner, settings, args.batch_size, args.precision == "bf16")
-    words = ["background", *dataset.words] if settings.has_background() else dataset.words
-    task = Task(args, dataset, words, count, segmenter, tokenizer, output, record, rank, world)
+    segmenter, tokenizer, dataset = open_segmenter(args, device)
+    protocol = segmenter.protocol
+    output = output_folder(args)
+    output.mkdir(parents=True, exist_ok=True)
+    if rank == 0 and (args.image or args.images or args.classify):
+        warn_of_unknown_words(tokenizer, protocol.classes)
     if args.image:
-        return show_picture(task)
-    metrics, written = score_classification(task) if args.classify else score_segmentation(task)
+        if rank == 0:
+            show_image(segmenter, dataset, output, args.heat)
+        return
+    if args.classify:
+        metrics = classify(segmenter, dataset, args.limit, args.workers, rank, world)
+    else:
+        metrics = evaluate(segmenter, dataset, output, args.limit, args.workers, rank, world)
     if rank:
-        return None
+        return
     if metrics:
-        metrics |= {"limit": args.limit, **record}
+        path = fetch(args.checkpoint) if args.checkpoint in MODELS else args.checkpoint
+        metrics["checkpoint_sha256"] = sha256_of(path)
+        metrics["protocol"] = vars(protocol)
+        metrics["flags"] = {name: value for name, value in vars(args).items() if value is not None}
         (output / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
-        written.append(f"{output}/metrics.json")
+        report(metrics)
     elif args.labels_dir:
-        print(f"{args.labels_dir}: no label map has the name of a picture", file=sys.stderr)
-    print(f"wrote {', '.join(written)}", file=sys.stderr)
-    return metrics
-
-
-def tell_unknown_words(tokenizer, settings):
-    """A vocabulary that was learned of some captions has a token for each word that was frequent in them."""
-    words = [word for words in settings.classes for word in words]
-    rare = [word for word in words if any(len(tokenizer.pieces(part)) > 1 for part in tokenizer.words(word))]
-    if rare and tokenizer.vocab_size < Config.vocab_size:
-        print(
-            f"{', '.join(rare)}: rare or unknown in the captions that this model was trained on; what it says of that is "
-            "worth little",
-            file=sys.stderr,
-        )
-
-
-class Task(NamedTuple):
-    """What is to be labelled, with what, and where the result goes."""
-
-    args: argparse.Namespace
-    dataset: object
-    words: list  # of the classes, background among them
-    count: int  # of pictures
-    segmenter: Segmenter
-    tokenizer: object
-    output: Path
-    record: dict  # all that a prediction depends on, beside its picture
-    rank: int
-    world: int
-
-    def load(self, indices):
-        """These pictures, as Segmenter takes them; process 0 tells how far it is."""
-        pictures = raised(in_parallel(ResizedPictures(self.dataset, self.segmenter.settings, self.segmenter.model.visual.patch_size), self.args.workers, indices))
-        return progress(pictures, len(indices), "pictures") if self.rank == 0 else pictures
-
-    def sum(self, counts):
-        """Integers, summed over the processes."""
-        totals = torch.as_tensor(counts, device=self.segmenter.text.device)
-        if self.world > 1:
-            dist.all_reduce(totals)
-        return totals.cpu()
-
-
-def code_hash():
-    """Of this project's files: labels that another version of them made are not reused."""
-    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))).hexdigest()
-
-
-def output_folder(args):
-    """--output, or: scores on scenes belong to one run of training, which has a folder already; others have their own."""
-    home = Path("runs", args.checkpoint.replace("/", "-")) if args.checkpoint in MODELS else Path(args.checkpoint).parent
-    beside = {"synthetic": home, "synthetic-unseen": home / "unseen"}
-    return Path(args.output or beside.get(kind_of(args), f"runs/{kind_of(args)}"))
-
-
-def score_classification(task):
-    """-> metrics of whole pictures, and no files."""
-    mine = range(task.rank, task.count, task.world)
-    counts = task.sum(classify(task.segmenter, task.load(mine)))
-    total, top_1, top_5 = counts.sum(dim=1).tolist()
-    per_class = {name: right / n if n else None for name, (n, right, _) in zip(task.dataset.folders, counts.T.tolist())}
-    return {"top-1": top_1 / total, "top-5": top_5 / total, "accuracy": per_class, "pictures": total}, []
-
-
-def score_segmentation(task):
-    """Label all pictures -> metrics, None where no picture has a label map, and the files that were written."""
-    args, output = task.args, task.output
-    analysis = Analysis(len(task.words), task.segmenter, task.tokenizer) if args.analyse else None
-    score, labelled, examples = label_pictures(task, analysis)
-    labelled, score.counts = task.sum([labelled]).item(), task.sum(score.counts).numpy()
-    if task.rank:
-        return None, []
-    draw_examples(examples, task.words, task.dataset.palette, output / "examples.png")
-    metrics, written = None, [f"{output}/predictions/", f"{output}/examples.png"]
-    if labelled:
-        per_class = {word: None if np.isnan(iou) else float(iou) for word, iou in zip(task.words, score.iou())}
-        metrics = score.summary() | {"IoU": per_class, "pictures": labelled}
-        if analysis:
-            metrics["analysis"] = analysis.summary()
-        if args.coherence:
-            shuffled = np.random.RandomState(0).permutation(task.count).tolist()  # so the picture before is any other
-            metrics["coherence"] = coherence(task.segmenter, task.load(shuffled), output / "roc.png")
-            written.append(f"{output}/roc.png")
-    return metrics, written
-
-
-def label_pictures(task, analysis):
-    """Label this process's pictures and save their labels, but for those that an earlier run labelled with the very same settings
-    -> Score, how many have label maps, and the first six as draw_examples has them."""
-    dataset, mine = task.dataset, range(task.rank, task.count, task.world)
-    shown, todo, score, labelled, examples = set(mine[:6]), [], Score(len(task.words)), 0, []
-    paths = {i: task.output / "predictions" / f"{dataset.names[i]}.png" for i in mine}
-    keys = {i: prediction_key(task.record, dataset.picture_path(i)) for i in mine}
-    for i in mine:
-        earlier = None if i in shown or analysis else read_prediction(paths[i], keys[i])
-        if earlier is None:
-            todo.append(i)
-        elif (label := dataset[i].label) is not None:
-            labelled += 1
-            score.add(earlier, label)
-    if len(todo) < len(mine):
-        print(f"{len(mine) - len(todo)} pictures of an earlier run with the same settings are reused", file=sys.stderr)
-
-    for i, (sample, result) in zip(todo, task.segmenter(task.load(todo))):
-        save_labels(paths[i], result.label, dataset.palette, keys[i])
-        if sample.label is not None:
-            labelled += 1
-            score.add(result.label, sample.label)
-            if analysis:
-                analysis.add(sample, result)
-        if i in shown:
-            examples.append((sample.picture, sample.label, result.regions, result.label))
-    return score, labelled, examples
-
-
-def report(metrics):
-    """Print what metrics.json says."""
-    each, names = ("accuracy", ("top-1", "top-5")) if "top-1" in metrics else ("IoU", ("mIoU", "mAcc", "aAcc"))
-    for word, value in metrics[each].items():
-        print(f"{word:>20}  {each} " + ("     -" if value is None else f"{100 * value:5.1f} %"))
-    summary = "  ".join(f"{name} {100 * metrics[name]:.2f} %" for name in names)
-    rules = ((rule, metrics[f"background_{rule}"]) for rule in ("threshold", "entropy"))
-    rules = "".join(f"  background {rule} {value}" for rule, value in rules if value is not None)
-    print(f"{summary}  over {metrics['pictures']} pictures  protocol {metrics['protocol']}{rules}")
-    for kind, area in metrics.get("coherence", {"area": {}})["area"].items():
-        print(f"semantic coherence, area under the ROC curve, {kind}: " + ("-" if area is None else f"{area:.4f}"))
-    for key, value in metrics.get("analysis", {}).items():
-        value = f"{value:6.1f}  " if key == "regions" else "     -  " if value is None else f"{100 * value:6.1f} %"
-        print(f"{value}  {ANALYSIS[key]}")
-
-
-def show_picture(task):
-    """Write what the model sees in one picture, and print how much of it each word is."""
-    ((sample, (label, regions, _, scores, _)),) = task.segmenter(task.load([0]))
-    words, output, palette = task.words, task.output, word_colours(task.words)
-    share = np.bincount(label.ravel(), minlength=len(words)) / label.size
-    order = [c for c in np.argsort(-share) if share[c] > 0]
-    for c in order:
-        print(f"{words[c]:>20}  {100 * share[c]:5.1f} %")
-    entries = [(palette[c], f"{words[c]} {100 * share[c]:.0f} %") for c in order]
-    files = {
-        "overlay": with_legend(overlay(sample.picture, label, palette), entries),
-        "regions": Image.fromarray(wheel(64)[regions % 64]).resize(label.shape[::-1], Image.NEAREST),
-    }
-    if task.args.heat:
-        for c, word in enumerate(words):
-            safe = "".join(x if x.isalnum() else "_" for x in word)[:60]
-            files[f"heat_{c}_{safe}"] = heat(sample.picture, scores[c].cpu().numpy())
-    save_labels(output / f"{sample.name}_labels.png", label, palette)
-    for name, image in files.items():
-        image.save(output / f"{sample.name}_{name}.png")
-    print(f"wrote {', '.join(f'{output}/{sample.name}_{name}.png' for name in ('labels', *files))}")
+        print(f"{args.labels_dir}: no label map has the name of an image", file=sys.stderr)
+    print(f"wrote {output}", file=sys.stderr)
 
 
 if __name__ == "__main__":
-    run_program(main, if_interrupted="stopped; the same command goes on from here")
+    run_program(main, "stopped")

@@ -1,4 +1,4 @@
-"""The losses of SegCLIP and PACL, as pure functions from tensors to scalars. Equation numbers are the SegCLIP paper's."""
+"""The losses of SegCLIP and PACL. Equation numbers are those of the SegCLIP paper."""
 
 import math
 
@@ -6,9 +6,11 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+CHUNK_NUMBERS = 2**21  # in each [b, N, B] tensor of `compatibility`: 8 MiB in float32
+
 
 class GatherRows(torch.autograd.Function):
-    """Rows [b, E] of every rank -> [B, E] on every rank; the gradient of a row is the sum of what all ranks ask of it."""
+    """all_gather along the rows, with a gradient: that of a row is the sum over the ranks."""
 
     @staticmethod
     def forward(ctx, x):
@@ -23,115 +25,125 @@ class GatherRows(torch.autograd.Function):
         return gradient.chunk(dist.get_world_size())[dist.get_rank()]
 
 
-def contrastive_loss(image_features, text_features, logit_scale):
-    """Symmetric cross-entropy between images and texts (Eqs. 8-10), with negatives from every rank.
+def gather_rows(x):
+    """Rows [b, E] -> the rows of all ranks [B, E], and the index of this rank's first row."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return x, 0
+    return GatherRows.apply(x), dist.get_rank() * len(x)
 
-    image_features, text_features: [b, E], of this rank, row i a pair; not normalised.
-    logit_scale: the logarithm of the learned inverse temperature, which is clamped at 100 as in CLIP. (Eqs. 9 and 10
-        leave the temperature out; without it the softmax of cosines could hardly tell a pair from its negatives.)
-    The mean of this loss over the ranks is the loss of the whole batch, and so are its gradients averaged by DDP.
+
+def contrastive_loss(image_features, text_features, logit_scale):
+    """Symmetric cross-entropy between images and texts (Eqs. 8-10), with negatives from all ranks.
+
+    image_features, text_features: [b, E] of this rank, not normalised; row i of both is a pair.
+    logit_scale: logarithm of the learned inverse temperature, which is clamped at 100 as in CLIP.
+        (Eqs. 9 and 10 omit it, but without it the softmax of cosines would be almost uniform.)
+    The mean over the ranks is the loss of the whole batch; so DDP's averaged gradients are right.
     """
     z_p = F.normalize(image_features.float(), dim=-1)
     z_w = F.normalize(text_features.float(), dim=-1)
-    all_p, all_w, first = z_p, z_w, 0
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        all_p, all_w, first = GatherRows.apply(z_p), GatherRows.apply(z_w), dist.get_rank() * len(z_p)
+    all_p, first = gather_rows(z_p)
+    all_w, _ = gather_rows(z_w)
     scale = logit_scale.exp().clamp(max=100)
     return symmetric_cross_entropy(scale * z_p @ all_w.T, scale * z_w @ all_p.T, first)
 
 
 def symmetric_cross_entropy(image_to_text, text_to_image, first):
-    """Logits of each image against all texts [b, B], and of each text against all images; row i's own is column first + i."""
-    own = torch.arange(first, first + len(image_to_text), device=image_to_text.device)
-    i2t = F.cross_entropy(image_to_text, own)  # the sum in Eq. 9, which the paper calls t2i
-    t2i = F.cross_entropy(text_to_image, own)  # Eq. 10, likewise
+    """Logits [b, B], whose row i has its pair in column first + i -> scalar."""
+    target = torch.arange(first, first + len(image_to_text), device=image_to_text.device)
+    i2t = F.cross_entropy(image_to_text, target)  # the sum in Eq. 9, which the paper calls t2i
+    t2i = F.cross_entropy(text_to_image, target)  # Eq. 10, likewise
     return (i2t + t2i) / 2  # Eq. 8
 
 
-AT_ONCE = 2**21  # numbers; 8 MiB in float32 for each of the [b, N, B] tensors in `phi`
-
-
 def compatibility(patches, text, scale):
-    """PACL's compatibility of every picture with every text: embedded patches [b, N, E], texts [B, E] -> [b, B], cosines."""
+    """PACL's compatibility of images with texts: patches [b, N, E], text [B, E] -> [b, B], cosines.
+
+    scale: inverse temperature of the softmax over the patches.
+    """
     return Compatibility.apply(patches, F.normalize(text, dim=-1), scale)
 
 
-class Compatibility(torch.autograd.Function):
-    """phi, a few pictures at a time; what the gradient needs of them is computed again when it is asked for. (As checkpoint of
-    torch.utils, but with each part's gradient written where it belongs: half the memory.)"""
+def phi(patches, text, scale):
+    """The equations of `compatibility`, for texts of length 1.
 
-    @staticmethod
-    def parts(patches, text):
-        return patches.split(max(1, AT_ONCE // (patches.shape[1] * len(text))))
+    s is the cosine of a patch with the text, a = softmax(scale * s) over the patches, and phi the
+    cosine of the text with the sum of the patches weighted by a. These sums, [b, B, E], are never
+    formed: their products with the text are sums of the patches' products with it, and their
+    lengths follow from the products of the patches with each other.
+    """
+    dots = patches @ text.T  # [b, N, B]
+    a = (scale * dots / patches.norm(dim=-1, keepdim=True).clamp(min=1e-6)).softmax(dim=1)
+    squared_length = (a * (patches @ patches.transpose(1, 2) @ a)).sum(dim=1)  # [b, B]
+    return (a * dots).sum(dim=1) / squared_length.clamp(min=1e-12).sqrt()
+
+
+class Compatibility(torch.autograd.Function):
+    """phi for a chunk of images at a time, to save memory; the backward pass computes phi again.
+
+    torch.utils.checkpoint would take twice the memory: it keeps the gradients of all chunks until
+    it concatenates them.
+    """
 
     @staticmethod
     def forward(ctx, patches, text, scale):
         ctx.save_for_backward(patches, text)
         ctx.scale = scale
-        return torch.cat([phi(few, text, scale) for few in Compatibility.parts(patches, text)])
+        ctx.images = max(1, CHUNK_NUMBERS // (patches.shape[1] * len(text)))  # in a chunk
+        return torch.cat([phi(chunk, text, scale) for chunk in patches.split(ctx.images)])
 
     @staticmethod
     def backward(ctx, gradient):
         patches, text = ctx.saved_tensors
-        g_patches, g_text = torch.empty_like(patches), torch.zeros_like(text)
-        first, text = 0, text.detach().requires_grad_()
-        for few in Compatibility.parts(patches, text):
-            rows, few = slice(first, first + len(few)), few.detach().requires_grad_()
+        text = text.detach().requires_grad_()
+        patches_gradient = torch.empty_like(patches)
+        text_gradient = torch.zeros_like(text)
+        for start in range(0, len(patches), ctx.images):
+            rows = slice(start, start + ctx.images)
+            chunk = patches[rows].detach().requires_grad_()
             with torch.enable_grad():
-                compatible = phi(few, text, ctx.scale)
-            g_patches[rows], g = torch.autograd.grad(compatible, (few, text), gradient[rows])
-            first, g_text = rows.stop, g_text + g
-        return g_patches, g_text, None
-
-
-def phi(patches, text, scale):
-    """s, the cosine of each patch with the text, weighs the patches, a = softmax(scale * s) over them; phi is the cosine of the
-    text with the sum of the patches so weighted. (The slides do not tell the scale; Config has others' choice.)
-
-    No such sum is ever made, of which there would be [b, B, E]: its product with the text is the sum of the patches' products,
-    and its length is in the products of the patches with each other.
-    """
-    dots = patches @ text.T  # [b, N, B]
-    a = (scale * dots / patches.norm(dim=-1, keepdim=True).clamp(min=1e-6)).softmax(dim=1)
-    length = (a * (patches @ patches.transpose(1, 2) @ a)).sum(dim=1)  # [b, B], squared
-    return (a * dots).sum(dim=1) / length.clamp(min=1e-12).sqrt()
+                output = phi(chunk, text, ctx.scale)
+            gradients = torch.autograd.grad(output, (chunk, text), gradient[rows])
+            patches_gradient[rows] = gradients[0]
+            text_gradient += gradients[1]
+        return patches_gradient, text_gradient, None
 
 
 def pacl_loss(patches, text_features, logit_scale, patch_scale):
-    """Symmetric cross-entropy between images and texts over PACL's compatibility, with negatives from every rank.
+    """Symmetric cross-entropy over PACL's compatibility, with negatives from all ranks.
 
-    patches: [b, N, E] of this rank, embedded; text_features: [b, E]; logit_scale as in contrastive_loss.
+    patches: [b, N, E] of this rank, embedded. text_features: [b, E] of this rank.
+    logit_scale: as in contrastive_loss. patch_scale: as `scale` in compatibility.
     """
-    patches, text, first = patches.float(), text_features.float(), 0
-    gathered = dist.is_initialized() and dist.get_world_size() > 1
-    if gathered:
-        text, first = GatherRows.apply(text), dist.get_rank() * len(patches)
-    ours = compatibility(patches, text, patch_scale)  # [b, B]
-    everyones = GatherRows.apply(ours) if gathered else ours  # [B, B]
+    all_text, first = gather_rows(text_features.float())
+    image_to_text = compatibility(patches.float(), all_text, patch_scale)  # [b, B]
+    all_to_all, _ = gather_rows(image_to_text)  # [B, B]
+    text_to_image = all_to_all.T[first : first + len(patches)]  # [b, B]
     scale = logit_scale.exp().clamp(max=100)
-    return symmetric_cross_entropy(scale * ours, scale * everyones.T[first : first + len(patches)], first)
+    return symmetric_cross_entropy(scale * image_to_text, scale * text_to_image, first)
 
 
 def superpixel_kl_loss(assign, superpatch):
-    """Patches of one superpixel should go to one center (Eqs. 5-6).
+    """The patches of one superpixel should have one center (Eqs. 5-6).
 
     assign: [B, N, L], the mapping matrix M, one-hot with a straight-through gradient.
     superpatch: [B, N] integers; patches of an image with the same number form a super-patch G.
-    P_j is the softmax of row j of M, and its target the softmax of the mean of the rows of G_j. (Eq. 5 as printed takes
-    the softmax twice, which would leave a loss where the rows of a super-patch agree perfectly.) The sum is divided by
-    2N as in Eq. 6; the authors' program divides by 2NL, so weight this loss by 1/L for theirs.
+    P_j is the softmax of row j of M, and its target that of the mean of the rows of G_j. (Eq. 5 as
+    printed takes the softmax twice; then rows that agree would still have a loss.) The sum is
+    divided by 2N as in Eq. 6; for the authors' loss, divided by 2NL, take a weight of 1/L.
     """
     assign = assign.float()
     same = (superpatch[:, :, None] == superpatch[:, None, :]).float()  # [B, N, N]
     mean = same @ assign / same.sum(dim=-1, keepdim=True)  # [B, N, L], Eq. 5
-    log_p, log_q = assign.log_softmax(dim=-1), mean.log_softmax(dim=-1)
+    log_p = assign.log_softmax(dim=-1)
+    log_q = mean.log_softmax(dim=-1)
     # KL(P, Q) + KL(Q, P) = sum of (P - Q) (log P - log Q)
     divergence = ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(dim=-1)  # [B, N]
     return divergence.mean() / 2  # Eq. 6, averaged over the batch
 
 
 def patchify(image, patch_size):
-    """[B, 3, H, W] -> [B, N, P*P*3]: the pixels of each patch, row by row, the colours of a pixel together."""
+    """[B, 3, H, W] -> [B, N, P*P*3]: pixels row by row, the three colours of a pixel together."""
     x = F.unfold(image, patch_size, stride=patch_size)  # [B, 3*P*P, N]
     return x.unflatten(1, (3, -1)).permute(0, 3, 2, 1).flatten(2)  # [B, 3, P*P, N] -> [B, N, P*P*3]
 
@@ -139,24 +151,29 @@ def patchify(image, patch_size):
 def reconstruction_loss(pixels, image, mask):
     """Mean squared error of the hidden patches (Section 2.3).
 
-    pixels: [B, N, P*P*3], predicted; image: [B, 3, H, W], as the encoder sees it (normalised); mask: [B, N], 1 = hidden.
+    pixels: [B, N, P*P*3], predicted. image: [B, 3, H, W], normalised. mask: [B, N], 1 = hidden.
     The paper does not say that only hidden patches count; the authors' program and MAE do so.
     """
     target = patchify(image, math.isqrt(pixels.shape[-1] // 3))
     error = (pixels.float() - target).square().mean(dim=-1)  # [B, N]
-    return (error * mask).sum() / mask.sum().clamp(min=1)  # a picture of one patch hides none
+    return (error * mask).sum() / mask.sum().clamp(min=1)  # an image of one patch hides none
 
 
-def total_loss(outputs, image, superpatch, reconstruction_weight=1.0, superpixel_weight=1.0, con=None):
-    """L_con + L_rec + L_sup (Eq. 7) of what a model's forward returns -> (total, {name: part before its weight}).
+def total_loss(
+    outputs, image, superpatch, reconstruction_weight=1.0, superpixel_weight=1.0, con=None
+):
+    """L_con + L_rec + L_sup (Eq. 7) -> total, {name: loss before its weight}.
 
-    con: the contrastive loss, if these rows are a part of a batch, and so cannot tell it.
+    outputs: of a model's forward. con: the contrastive loss, if the rows are only part of a batch.
     """
     if "patches" in outputs:
         con = pacl_loss(**outputs)
     elif con is None:
-        con = contrastive_loss(outputs["image_features"], outputs["text_features"], outputs["logit_scale"])
-    parts, total = {"con": con}, con
+        con = contrastive_loss(
+            outputs["image_features"], outputs["text_features"], outputs["logit_scale"]
+        )
+    parts = {"con": con}
+    total = con
     if "pixels" in outputs:
         parts["rec"] = reconstruction_loss(outputs["pixels"], image, outputs["mask"])
         total = total + reconstruction_weight * parts["rec"]

@@ -1,75 +1,88 @@
-"""Every nn.Module of the project: CLIP, and what labels pictures on top of it: SegCLIP, PACL, and CLIP itself as the baseline.
+"""Every nn.Module of the project: CLIP, and the models that label its patches.
 
-Read from the top: Attention and Block are what everything is made of; VisionTransformer and CLIP are OpenAI's model
-(Radford et al., 2021) with OpenAI's parameter names; SemanticGroup is the idea of SegCLIP (Luo et al., ICML 2023), and
-SegCLIP plugs it between two blocks of CLIP's image encoder; at the end PACL (Mukhoti et al., CVPR 2023), which aligns CLIP's
-patches, or DINO's, with words. Equation numbers are those of the SegCLIP paper.
-
-Symbols, as in the paper: B batch, N patches, L centers, D width, E embedding, P patch size, T text tokens, V visible
-patches; H_p patch tokens before the group module, H_c centers, M the mapping matrix, Z_p region tokens after the last block.
+SegCLIP (Luo et al., ICML 2023) inserts a SemanticGroup between two blocks of CLIP's image encoder.
+PACL (Mukhoti et al., CVPR 2023) aligns the patches of CLIP, or of DINO, with words. Equation
+numbers and symbols are those of the SegCLIP paper: B batch, N patches, L centers, D width,
+E embedding, P patch size, T text tokens, V visible patches; H_p patch tokens before the group
+module, H_c centers, M mapping matrix, Z_p region tokens after the last block.
 """
 
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training pictures
+IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training images
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+class InputError(ValueError):
+    """Unusable input of the user. The message is one line: what is wrong, where, what to do."""
 
 
 @dataclass
 class Config:
-    """Every size of the architecture; saved in each checkpoint. The defaults are the paper's (ViT-B/16)."""
+    """Every size of the architecture; saved in each checkpoint. The defaults are the paper's."""
 
-    image_size: int = 224  # side of the square that the encoder is trained on, in pixels
+    image_size: int = 224  # side of the square training images, in pixels
     patch_size: int = 16  # P: side of a patch, in pixels
     vision_width: int = 768  # D; the number of heads is D / 64, as in all of OpenAI's models
-    vision_layers: int = 12  # blocks of the image encoder, before and after the semantic group module
-    embed_dim: int = 512  # E: where pictures and texts meet
+    vision_layers: int = 12  # blocks of the image encoder, before and after the group module
+    embed_dim: int = 512  # E: the space that images and texts share
     context_length: int = 77  # T: tokens of a text, with start and end
-    vocab_size: int = 49408  # the tokenizer's
+    vocab_size: int = 49408  # tokens of the vocabulary
     text_width: int = 512  # D of the text encoder
-    text_layers: int = 12  # its blocks
-    activation: str = "quick_gelu"  # of CLIP's MLPs: quick_gelu in OpenAI's weights, gelu in LAION's and DataComp's
+    text_layers: int = 12  # blocks of the text encoder
+    activation: str = "quick_gelu"  # quick_gelu: OpenAI's CLIPs; gelu: LAION's and DataComp's
     # What SegCLIP adds (Section 3.2):
     first_stage_layers: int = 10  # blocks before the semantic group module
-    num_centers: int = 8  # L: at most so many regions in a picture
-    cross_layers: int = 2  # times that the centers look at the patches before the assignment (Eq. 1)
+    num_centers: int = 8  # L: the most regions in an image
+    cross_layers: int = 2  # cross-attention blocks from the centers to the patches (Eq. 1)
     center_std: float = 0.02  # standard deviation of the centers at the start
-    gumbel_tau: float = 0.9  # temperature of the assignment in training (Eq. 2): the higher, the softer its gradient
+    linear_std: float = 0.02  # and of what SegCLIP adds; 0: see init_weights
+    gumbel_tau: float = 0.9  # temperature of the assignment in training (Eq. 2): higher is softer
     mask_ratio: float = 0.75  # share of the patches that the reconstruction hides
     decoder_layers: int = 3  # blocks of the MAE decoder
     # What PACL adds:
-    patch_scale: float = 10.0  # multiplies the cosines before the softmax over the patches: the higher, the fewer count
+    patch_scale: float = 10.0  # inverse temperature of the softmax over the patches
 
     def __post_init__(self):
-        may_be_zero = ("first_stage_layers", "cross_layers", "center_std", "decoder_layers")
+        may_be_zero = (
+            "first_stage_layers",
+            "cross_layers",
+            "center_std",
+            "linear_std",
+            "decoder_layers",
+        )
         for name, value in vars(self).items():
-            if name != "activation" and (value < 0 or value == 0 and name not in may_be_zero):
-                raise ValueError(f"{name} is {value}, which is too small")
+            if name == "activation":
+                continue
+            if not (value > 0 or value == 0 and name in may_be_zero):  # refuses NaN too
+                raise InputError(f"{name} cannot be {value}")
+            if name in ("vision_width", "text_width") and value % 64:
+                raise InputError(f"{name} is {value}, which is not a multiple of 64")
         if self.activation not in ACTIVATIONS:
-            raise ValueError(f"activation is {self.activation}; there are {', '.join(ACTIVATIONS)}")
-        if self.image_size % self.patch_size:
-            raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
-        if self.vision_width % 64 or self.text_width % 64:
-            raise ValueError(f"vision_width {self.vision_width} and text_width {self.text_width} must be multiples of 64")
-        if not 0 <= self.first_stage_layers <= self.vision_layers:
-            raise ValueError(f"first_stage_layers is {self.first_stage_layers}, of {self.vision_layers} vision_layers")
+            raise InputError(f"activation is {self.activation}; there are {', '.join(ACTIVATIONS)}")
+        size = self.image_size
+        if size % self.patch_size:
+            raise InputError(f"image_size {size} is not a multiple of patch_size {self.patch_size}")
+        if self.first_stage_layers > self.vision_layers:
+            raise InputError(f"first_stage_layers is more than {self.vision_layers} vision_layers")
         if self.mask_ratio >= 1:
-            raise ValueError(f"mask_ratio is {self.mask_ratio}; it must be less than 1")
+            raise InputError(f"mask_ratio is {self.mask_ratio}; it must be less than 1")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The transformer
+# --------------------------------------------------------------------------------------------------
+# CLIP
 
 
 class QuickGELU(nn.Module):
-    """OpenAI's approximation of GELU; their weights were trained with it, so nn.GELU in its place costs accuracy."""
+    """OpenAI's approximation of GELU. Their weights were trained with it and need it."""
 
     def forward(self, x):
         return x * torch.sigmoid(1.702 * x)
@@ -79,7 +92,7 @@ ACTIVATIONS = {"quick_gelu": QuickGELU, "gelu": nn.GELU}
 
 
 class Attention(nn.Module):
-    """Multi-head attention of `query` [B, Q, D] over `memory` [B, K, D]; parameters named as in nn.MultiheadAttention."""
+    """Multi-head attention of `query` [B, Q, D] over `memory` [B, K, D] -> [B, Q, D]."""
 
     def __init__(self, width, heads):
         super().__init__()
@@ -93,10 +106,12 @@ class Attention(nn.Module):
         if memory is query:  # self-attention: queries, keys and values in one product
             q, k, v = F.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
         else:
-            sizes = (query.shape[-1], 2 * query.shape[-1])
-            (w_q, w_kv), (b_q, b_kv) = self.in_proj_weight.split(sizes), self.in_proj_bias.split(sizes)
-            q, (k, v) = F.linear(query, w_q, b_q), F.linear(memory, w_kv, b_kv).chunk(2, dim=-1)
-        q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (q, k, v))  # [B, heads, Q or K, D/heads]
+            D = query.shape[-1]
+            q = F.linear(query, self.in_proj_weight[:D], self.in_proj_bias[:D])
+            kv = F.linear(memory, self.in_proj_weight[D:], self.in_proj_bias[D:])
+            k, v = kv.chunk(2, dim=-1)
+        # [B, Q or K, D] -> [B, heads, Q or K, D/heads]
+        q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (q, k, v))
         x = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
         return self.out_proj(x.transpose(1, 2).flatten(2))  # [B, heads, Q, D/heads] -> [B, Q, D]
 
@@ -112,7 +127,7 @@ class MLP(nn.Sequential):
 
 
 class Block(nn.Module):
-    """Residual attention block, normalised first: x + attention, then x + MLP. [B, N, D] -> [B, N, D]."""
+    """Pre-norm residual attention block: x + attention, then x + MLP. [B, N, D] -> [B, N, D]."""
 
     def __init__(self, width, heads, activation=QuickGELU):
         super().__init__()
@@ -128,11 +143,10 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    def __init__(self, width, layers, activation="quick_gelu"):
+    def __init__(self, width, layers, activation):
         super().__init__()
-        self.resblocks = nn.ModuleList(
-            Block(width, width // 64, ACTIVATIONS[activation]) for _ in range(layers)
-        )
+        blocks = [Block(width, width // 64, ACTIVATIONS[activation]) for _ in range(layers)]
+        self.resblocks = nn.Sequential(*blocks)
 
     def forward(self, x, causal=False):
         for block in self.resblocks:
@@ -140,18 +154,17 @@ class Transformer(nn.Module):
         return x
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# CLIP
-
-
 class VisionTransformer(nn.Module):
-    """CLIP's image encoder. Any input whose sides are multiples of P works: the position grid is interpolated."""
+    """CLIP's image encoder, for images whose sides are any multiples of P."""
 
     def __init__(self, config):
         super().__init__()
-        width, self.patch_size = config.vision_width, config.patch_size
-        num_patches = (config.image_size // config.patch_size) ** 2
-        self.conv1 = nn.Conv2d(3, width, config.patch_size, config.patch_size, bias=False)
+        width = config.vision_width
+        P = config.patch_size
+        num_patches = (config.image_size // P) ** 2
+        self.patch_size = P
+        self.stride = P  # pixels from one patch to the next; PACL's stride trick takes fewer
+        self.conv1 = nn.Conv2d(3, width, P, P, bias=False)
         self.class_embedding = nn.Parameter(width**-0.5 * torch.randn(width))
         self.positional_embedding = nn.Parameter(width**-0.5 * torch.randn(1 + num_patches, width))
         self.ln_pre = nn.LayerNorm(width)
@@ -159,46 +172,48 @@ class VisionTransformer(nn.Module):
         self.ln_post = nn.LayerNorm(width)
         self.proj = nn.Parameter(width**-0.5 * torch.randn(width, config.embed_dim))
 
-    def embed_patches(self, image):
-        """[B, 3, H, W] -> [B, N, D]: patches with their positions, before ln_pre. Raises ValueError on a bad size."""
-        height, width = image.shape[-2:]
-        if height % self.patch_size or width % self.patch_size:
-            raise ValueError(f"image sides must be multiples of the patch size {self.patch_size}, not {height}x{width}")
-        x = self.conv1(image).flatten(2).transpose(1, 2)  # [B, D, H/P, W/P] -> [B, N, D]
-        return x + self.patch_positions(*self.grid(height, width))
-
     def grid(self, height, width):
-        """Rows and columns of patches. They touch, unless PACL's stride trick has set conv1.stride to less than P."""
-        stride = self.conv1.stride[0]
-        return (height - self.patch_size) // stride + 1, (width - self.patch_size) // stride + 1
+        """Rows and columns of patches of an image."""
+        P = self.patch_size
+        return (height - P) // self.stride + 1, (width - P) // self.stride + 1
 
     def patch_positions(self, rows, columns):
-        """The learned position grid, stretched to rows x columns: -> [rows * columns, D]."""
+        """The learned positions, interpolated to rows x columns: -> [rows * columns, D]."""
         grid = self.positional_embedding[1:]
         side = math.isqrt(len(grid))
         if (rows, columns) == (side, side):
             return grid
-        grid = grid.unflatten(0, (side, side)).permute(2, 0, 1)[None]  # [N, D] -> [1, D, side, side]
-        grid = F.interpolate(grid.float(), (rows, columns), mode="bicubic", align_corners=False)
+        grid = grid.float().unflatten(0, (side, side)).permute(2, 0, 1)  # [N, D] -> [D, side, side]
+        grid = F.interpolate(grid[None], (rows, columns), mode="bicubic", align_corners=False)
         return grid[0].flatten(1).T  # [D, rows, columns] -> [N, D]
 
+    def embed_patches(self, image):
+        """[B, 3, H, W] -> [B, N, D], before ln_pre. InputError if P does not divide H and W."""
+        P = self.patch_size
+        H, W = image.shape[-2:]
+        if H % P or W % P:
+            raise InputError(f"image sides must be multiples of the patch size {P}, not {H}x{W}")
+        x = F.conv2d(image, self.conv1.weight, self.conv1.bias, self.stride)
+        x = x.flatten(2).transpose(1, 2)  # [B, D, rows, columns] -> [B, N, D]
+        return x + self.patch_positions(*self.grid(H, W))
+
     def embed(self, image):
-        """[B, 3, H, W] -> [B, 1 + N, D]: the class token, then the patches, before the first block."""
+        """[B, 3, H, W] -> [B, 1 + N, D]: class token and patches, before the first block."""
+        class_token = self.class_embedding + self.positional_embedding[0]
         patches = self.embed_patches(image)
-        class_token = (self.class_embedding + self.positional_embedding[0]).expand(len(patches), 1, -1)
-        return self.ln_pre(torch.cat([class_token, patches], dim=1))
+        return self.ln_pre(torch.cat([class_token.expand(len(patches), 1, -1), patches], dim=1))
 
     def forward(self, image):
         """[B, 3, H, W] -> [B, 1 + N, D]: the same after the last block."""
         return self.transformer(self.embed(image))
 
     def project(self, x):
-        """[..., D] -> [..., E]: into the space that is shared with the text."""
+        """[..., D] -> [..., E]: into the space shared with the texts."""
         return self.ln_post(x) @ self.proj
 
 
 class CLIP(nn.Module):
-    """CLIP with a ViT image encoder (Radford et al., 2021). Parameter names are exactly those of OpenAI's state dict."""
+    """CLIP with a ViT (Radford et al., 2021); OpenAI's parameter names."""
 
     def __init__(self, config):
         super().__init__()
@@ -210,7 +225,7 @@ class CLIP(nn.Module):
         self.positional_embedding = nn.Parameter(0.01 * torch.randn(config.context_length, width))
         self.ln_final = nn.LayerNorm(width)
         self.text_projection = nn.Parameter(width**-0.5 * torch.randn(width, config.embed_dim))
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # log of the inverse temperature
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # log of 1 / temperature
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         for transformer in (self.visual.transformer, self.transformer):
             init_blocks(transformer.resblocks)
@@ -220,64 +235,68 @@ class CLIP(nn.Module):
         return self.visual.project(self.visual(image)[:, 0])
 
     def encode_patches(self, image, readout="clip"):
-        """[B, 3, H, W] -> [B, N, E], by one of READOUTS; "clip" sends patch tokens the way that was trained for the class token."""
+        """[B, 3, H, W] -> [B, N, E]. readout: one of READOUTS; "clip" is CLIP as trained."""
         return self.visual.project(self.dense_tokens(image, readout)[1])
 
     def dense_tokens(self, image, readout="clip"):
-        """[B, 3, H, W] -> the class token [B, D] and the patches [B, N, D], before ln_post and projection."""
-        visual, x = self.visual, self.visual.embed(image)
-        *blocks, last = visual.transformer.resblocks
-        for block in blocks:
-            x = block(x)
-        trained = last(x)  # [B, 1 + N, D]
-        dense = trained if readout == "clip" else read_out(last, x, readout, visual.grid(*image.shape[-2:]))
+        """[B, 3, H, W] -> class token [B, D], patches [B, N, D], before ln_post and projection."""
+        blocks = self.visual.transformer.resblocks
+        x = blocks[:-1](self.visual.embed(image))
+        trained = blocks[-1](x)  # [B, 1 + N, D]
+        dense = trained
+        if readout != "clip":
+            dense = read_out(blocks[-1], x, readout, self.visual.grid(*image.shape[-2:]))
         return trained[:, 0], dense[:, 1:]
 
     def encode_text(self, text):
-        """[B, T] token ids -> [B, E], from the end token: the largest id, and the one place that has seen every word."""
+        """[B, T] token ids -> [B, E], from the end token, which attends to all before it."""
         x = self.token_embedding(text) + self.positional_embedding[: text.shape[1]]  # [B, T, D]
         x = self.transformer(x, causal=True)
-        x = x[torch.arange(len(x), device=x.device), text.argmax(dim=-1)]  # [B, T, D] -> [B, D]
+        end = text.argmax(dim=-1)  # the end token has the largest id
+        x = x[torch.arange(len(x), device=x.device), end]  # [B, T, D] -> [B, D]
         return self.ln_final(x) @ self.text_projection
 
     def forward(self, image, text):
-        """-> (logits_per_image [B, B'], logits_per_text [B', B]): cosine similarities times the learned scale."""
+        """-> logits per image [B, B'] and per text [B', B]: cosines times the learned scale."""
         image_features = F.normalize(self.encode_image(image), dim=-1)
         text_features = F.normalize(self.encode_text(text), dim=-1)
-        logits_per_image = self.logit_scale.exp() * image_features @ text_features.T
-        return logits_per_image, logits_per_image.T
+        logits = self.logit_scale.exp() * image_features @ text_features.T
+        return logits, logits.T
 
 
 READOUTS = ("clip", "maskclip", "sclip", "clearclip", "naclip")
 
 
 def read_out(block, x, readout, grid):
-    """CLIP's last block, in ways it was not trained in: [B, 1 + N, D] -> [B, 1 + N, D]. As it was trained, a patch looks at what
-    the whole picture needs; so each of these lets it look at itself or its like. Raises ValueError for any other:
+    """CLIP's last block with another attention: [B, 1 + N, D] -> [B, 1 + N, D].
 
-    maskclip (Zhou et al., ECCV 2022): a token looks at itself alone.
-    sclip (Wang et al., ECCV 2024): queries look at queries, and keys at keys, each as alike as they are; both are added.
-    clearclip (Lan et al., ECCV 2024): queries at queries. No residual, no MLP, which hold what is the same all over the picture.
-    naclip (Hajimiri et al., WACV 2025): keys at keys, and all the more the nearer. No residual, no MLP.
-    grid: rows and columns of the N patches.
+    As trained, patches gather what describes the whole image. Here a patch attends to itself or to
+    similar patches. grid: rows and columns of the patches. Raises InputError for another readout.
+
+    maskclip (Zhou et al., ECCV 2022): each token attends to itself only.
+    sclip (Wang et al., ECCV 2024): query-query attention plus key-key attention.
+    clearclip (Lan et al., ECCV 2024): query-query attention, without residual connection and MLP.
+    naclip (Hajimiri et al., WACV 2025): key-key attention with a bias towards near patches, without
+        residual connection and MLP.
     """
     attn = block.attn
     qkv = F.linear(block.ln_1(x), attn.in_proj_weight, attn.in_proj_bias)
-    q, k, v = qkv.unflatten(-1, (3, attn.heads, -1)).permute(2, 0, 3, 1, 4)  # each [B, heads, 1 + N, D/heads]
+    # [B, 1 + N, 3 D] -> three times [B, heads, 1 + N, D/heads]
+    q, k, v = qkv.unflatten(-1, (3, attn.heads, -1)).permute(2, 0, 3, 1, 4)
 
-    def look(a, bonus=0):
-        return (a @ a.transpose(-2, -1) / math.sqrt(a.shape[-1]) + bonus).softmax(dim=-1) @ v
+    def attend(a, bias=0):
+        return (a @ a.transpose(-2, -1) / math.sqrt(a.shape[-1]) + bias).softmax(dim=-1) @ v
 
     if readout == "maskclip":
         y = v
     elif readout == "sclip":
-        y = look(q) + look(k)
+        y = attend(q) + attend(k)
     elif readout == "clearclip":
-        y = look(q)
+        y = attend(q)
     elif readout == "naclip":
-        y = look(k, nearness(*grid, x.device))
+        y = attend(k, gaussian_bias(*grid, x.device))
     else:
-        raise ValueError(f"readout {readout}: there are {', '.join(READOUTS)}")
+        raise InputError(f"readout {readout}: there are {', '.join(READOUTS)}")
     y = attn.out_proj(y.transpose(1, 2).flatten(2))  # [B, heads, 1 + N, D/heads] -> [B, 1 + N, D]
     if readout in ("clearclip", "naclip"):
         return y
@@ -285,203 +304,52 @@ def read_out(block, x, readout, grid):
     return x + block.mlp(block.ln_2(x))
 
 
-def nearness(rows, columns, device=None, sigma=5.0):
-    """exp(-d^2 / (2 sigma^2)) for patches at a distance of d patches; 0 from and to the class token. -> [1 + N, 1 + N]"""
-    places = torch.cartesian_prod(torch.arange(rows, device=device), torch.arange(columns, device=device)).float()  # [N, 2]
-    gauss = (-torch.cdist(places, places).square() / (2 * sigma**2)).exp()
+def gaussian_bias(rows, columns, device):
+    """[1 + N, 1 + N]: exp(-d^2 / 50) for two patches at distance d, 0 for the class token."""
+    y = torch.arange(rows, device=device)
+    x = torch.arange(columns, device=device)
+    positions = torch.cartesian_prod(y, x).float()  # [N, 2]
+    gauss = (-torch.cdist(positions, positions).square() / 50).exp()  # sigma 5
     return F.pad(gauss, (1, 0, 1, 0))
 
 
 def init_blocks(blocks):
-    """OpenAI's initialisation: the deeper the stack, the less each residual branch adds at the start."""
+    """OpenAI's initialisation: residual branches start smaller in a deeper stack."""
     for block in blocks:
         width = block.ln_1.normalized_shape[0]
-        nn.init.normal_(block.attn.out_proj.weight, std=width**-0.5 * (2 * len(blocks)) ** -0.5)
+        residual_std = width**-0.5 * (2 * len(blocks)) ** -0.5
+        nn.init.normal_(block.attn.out_proj.weight, std=residual_std)
         nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
-        nn.init.normal_(block.mlp.c_proj.weight, std=width**-0.5 * (2 * len(blocks)) ** -0.5)
+        nn.init.normal_(block.mlp.c_proj.weight, std=residual_std)
         for bias in (block.attn.out_proj.bias, block.mlp.c_fc.bias, block.mlp.c_proj.bias):
             nn.init.zeros_(bias)
 
 
-def init_weights(module):
-    """The start of what SegCLIP adds to CLIP, as in the authors' program; for `nn.Module.apply`.
-
-    It decides how training begins. Centers this small score all patches nearly alike, so that at first the Gumbel noise
-    assigns them and every center gets a gradient. Centers of standard deviation 1 begin with a nearly saturated
-    assignment (Config.center_std). What torch draws otherwise is left: the norms, and the projections to keys and values.
-    """
-    if isinstance(module, nn.Linear):
-        nn.init.normal_(module.weight, std=0.02)
-        nn.init.zeros_(module.bias)
-    elif isinstance(module, Attention):
-        nn.init.xavier_uniform_(module.in_proj_weight)
-        nn.init.zeros_(module.in_proj_bias)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# SegCLIP: the semantic group module
-
-
-class CrossBlock(nn.Module):
-    """Residual cross-attention block (Eq. 1): the centers [B, L, D] look at the patches [B, N, D]."""
-
-    def __init__(self, width):
-        super().__init__()
-        self.attn = Attention(width, width // 64)
-        self.ln_x = nn.LayerNorm(width)
-        self.ln_k = nn.LayerNorm(width)
-        self.mlp = MLP(width)
-        self.ln_2 = nn.LayerNorm(width)
-
-    def forward(self, centers, patches):
-        # The paper's keys and values are the patches; the authors' code adds the centers, so that they see each other.
-        memory = self.ln_k(torch.cat([centers, patches], dim=1))  # [B, L + N, D]
-        centers = centers + self.attn(self.ln_x(centers), memory)
-        return centers + self.mlp(self.ln_2(centers))
-
-
-def draw_gumbel(*shape, generator=None, device=None):
-    """Noise with the Gumbel distribution: -log(-log(u)) for u uniform between 0 and 1."""
-    u = torch.rand(*shape, generator=generator, device=device)
-    return -(-u.clamp(min=1e-20).log()).log()
-
-
-def assign_patches(scores, tau, gumbel_noise=None):
-    """Give every patch to one center (Eq. 2): scores [B, N, L] -> mapping matrix M [B, N, L] with one-hot rows.
-
-        M = onehot(argmax over centers of softmax((scores + noise) / tau)),   scores = keys @ centers^T
-
-    Without noise, as at inference, M is the argmax. With it (training; zeros are noise switched off) M is the one-hot of
-    the Gumbel-softmax (Jang et al., 2017), and its gradient is that of the soft assignment (straight-through).
-    """
-    if gumbel_noise is None:
-        return F.one_hot(scores.argmax(dim=-1), scores.shape[-1]).to(scores.dtype)
-    soft = ((scores + gumbel_noise) / tau).softmax(dim=-1)
-    hard = F.one_hot(soft.argmax(dim=-1), scores.shape[-1]).to(soft.dtype)
-    return hard + (soft - soft.detach())  # the brackets keep the rows exactly one-hot
-
-
-class SemanticGroup(nn.Module):
-    """Gathers patches [B, N, D] around L learnable centers into semantic regions [B, L, D] (Section 2.2)."""
-
-    def __init__(self, config):
-        super().__init__()
-        width, heads, self.tau = config.vision_width, config.vision_width // 64, config.gumbel_tau
-        self.centers = nn.Parameter(config.center_std * torch.randn(config.num_centers, width))  # H_c
-        self.cross_blocks = nn.ModuleList(CrossBlock(width) for _ in range(config.cross_layers))
-        self.ln_centers = nn.LayerNorm(width)
-        self.ln_patches = nn.LayerNorm(width)
-        # Eqs. 2 and 3 have H_p itself as keys and values. The authors' code projects it, after a norm: one linear layer per
-        # head, as a grouped 1x1 convolution.
-        self.to_keys = nn.Conv1d(width, width, 1, groups=heads, bias=False)
-        self.ln_keys = nn.LayerNorm(width)
-        self.to_values = nn.Conv1d(width, width, 1, groups=heads, bias=False)
-        self.ln_out = nn.LayerNorm(width)
-        self.mlp = MLP(width, nn.GELU)
-        self.activation = QuickGELU()
-        self.apply(init_weights)
-
-    def forward(self, patches, gumbel_noise=None):
-        """-> regions [B, L, D], M [B, N, L], soft [B, N, L]. In training, None draws the Gumbel noise."""
-        centers = self.centers.expand(len(patches), -1, -1)  # [L, D] -> [B, L, D]
-        for block in self.cross_blocks:
-            centers = block(centers, patches)  # Eq. 1
-        centers = self.ln_centers(centers)
-
-        h = self.ln_patches(patches).transpose(1, 2)  # [B, N, D] -> [B, D, N]
-        keys = self.ln_keys(self.to_keys(h).transpose(1, 2))  # [B, N, D]
-        values = self.to_values(h).transpose(1, 2)  # [B, N, D]
-        scores = (keys @ centers.transpose(1, 2)).float()  # [B, N, L]; no 1/sqrt(D), as in Eq. 2
-        if self.training and gumbel_noise is None:
-            gumbel_noise = draw_gumbel(*scores.shape, device=scores.device)
-        M = assign_patches(scores, self.tau, gumbel_noise if self.training else None)  # Eq. 2
-
-        count = M.sum(dim=1).clamp(min=1)  # [B, L]; a center without patches gets a mean of zero
-        mean = M.transpose(1, 2) @ values / count[..., None]  # [B, L, D]
-        regions = self.activation(self.mlp(self.ln_out(mean + centers)))  # Eq. 3; norm and activation: the authors' code
-        return regions, M, scores.softmax(dim=-1)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# SegCLIP: masked reconstruction
-
-
-class ReconstructionLayer(nn.Module):
-    """Restores patch tokens from regions (Eq. 4): M [B, V, L] and regions [B, L, D] -> [B, V, D].
-
-    In the paper the linear layer follows the product; the authors' code has it before, over the L columns of M."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.linear = nn.Linear(config.num_centers, config.num_centers)
-        self.activation = QuickGELU()
-        self.apply(init_weights)
-
-    def forward(self, M, regions):
-        return self.activation(self.linear(M) @ regions)
-
-
-class MAEDecoder(nn.Module):
-    """The decoder of MAE (He et al., 2022): visible tokens and mask tokens in, the pixels of every patch out."""
-
-    def __init__(self, config):
-        super().__init__()
-        width = config.vision_width // 2
-        self.embed = nn.Linear(config.vision_width, width)
-        self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, width))
-        self.blocks = nn.ModuleList(Block(width, 8, nn.GELU) for _ in range(config.decoder_layers))
-        self.norm = nn.LayerNorm(width)
-        self.pixels = nn.Linear(width, 3 * config.patch_size**2)
-        for module in self.modules():
-            if isinstance(module, nn.LayerNorm):
-                module.eps = 1e-6  # as in MAE
-        self.apply(init_weights)
-        for block in self.blocks:  # MAE's queries, keys and values come from one nn.Linear
-            nn.init.normal_(block.attn.in_proj_weight, std=0.02)
-
-    def forward(self, x, restore, grid):
-        """x [B, 1 + V, D], a global token then the visible ones; restore [B, N] their places -> [B, N, P*P*3]."""
-        x = self.embed(x)
-        first, visible = x[:, :1], x[:, 1:]
-        hidden = self.mask_token.expand(len(x), restore.shape[1] - visible.shape[1], -1)
-        x = torch.cat([visible, hidden], dim=1)
-        x = x.gather(1, restore[..., None].expand(-1, -1, x.shape[-1])) + sincos_positions(x.shape[-1], *grid, x.device)
-        x = torch.cat([first, x], dim=1)  # [B, 1 + N, D/2]; the global token has no position
-        for block in self.blocks:
-            x = block(x)
-        return self.pixels(self.norm(x[:, 1:]))
-
-
-def sincos_positions(width, rows, columns, device=None):
-    """MAE's fixed 2-D sine-cosine positions: -> [rows * columns, width]; half for the column, half for the row."""
-    omega = 10000 ** -(torch.arange(width // 4, device=device) / (width / 4))  # [width/4]
-
-    def encode(position):  # [n] -> [n, width/2]
-        angle = position[:, None] * omega
-        return torch.cat([angle.sin(), angle.cos()], dim=1)
-
-    y, x = encode(torch.arange(rows, device=device)), encode(torch.arange(columns, device=device))
-    return torch.cat([x.repeat(rows, 1), y.repeat_interleave(columns, dim=0)], dim=1)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What SegCLIP, PACL and the baseline have in common
+# --------------------------------------------------------------------------------------------------
+# What all models have in common, and the baseline
 
 
 class ImageEncoding(NamedTuple):
-    features: torch.Tensor  # [B, E]    image feature: of SegCLIP the max over the region tokens, else CLIP's class token
-    regions: torch.Tensor  # [B, L, E]  projected region tokens
-    hard: torch.Tensor  # [B, N, L]     mapping matrix M: one-hot rows, straight-through gradient in training
-    soft: torch.Tensor  # [B, N, L]     softmax over the centers, no noise
-    # hard and soft are None where each patch is a region of its own, L = N.
+    """hard and soft are None where each patch is a region of its own, L = N."""
+
+    features: torch.Tensor  # [B, E], image features
+    regions: torch.Tensor  # [B, L, E], projected region tokens
+    hard: torch.Tensor | None = None  # [B, N, L], M: one-hot rows, in training straight-through
+    soft: torch.Tensor | None = None  # [B, N, L], softmax over the centers, no noise
 
 
 class OnCLIP(nn.Module):
-    """What train.py and evaluate.py ask of a model, all of which stand on a CLIP."""
+    """What train.py and evaluate.py need of a model. Every model is built on a CLIP, and defines:
+
+    encode_image: [B, 3, H, W] -> ImageEncoding.
+    patch_tokens: [B, 3, H, W] -> [B, N, D], before they are grouped, embedded or projected.
+    forward: image, text, noise and reconstruct -> what the losses need, as a dictionary.
+    """
 
     def __init__(self, clip):
         super().__init__()
-        self.config, self.clip = clip.config, clip
+        self.config = clip.config
+        self.clip = clip
 
     @property
     def visual(self):
@@ -489,141 +357,28 @@ class OnCLIP(nn.Module):
         return self.clip.visual
 
     def encode_text(self, text):
-        """[B, T] token ids -> [B, E], CLIP's own."""
+        """[B, T] token ids -> [B, E], by CLIP."""
         return self.clip.encode_text(text)
 
-    def encode_image(self, image):
-        """[B, 3, H, W] -> ImageEncoding."""
-        raise NotImplementedError
-
-    def patch_tokens(self, image):
-        """[B, 3, H, W] -> [B, N, D], before anything brings them near the texts."""
-        raise NotImplementedError
-
     def draw_noise(self, batch, num_patches, generator=None):
-        """All the randomness of one training step, as keyword arguments of forward; here a step has none."""
+        """The random numbers of a training step, as keyword arguments of forward; here none."""
         return {}
-
-    def forward(self, image, text, reconstruct=True):
-        """-> what the losses need, as a dictionary. The one entry that DistributedDataParallel wraps."""
-        raise NotImplementedError
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# SegCLIP
-
-
-@torch.compiler.disable  # in bf16, a compiled backward pass rounds otherwise, and finds no region that has the maximum
-def max_over_regions(regions):
-    """[B, L, D] -> [B, D]. Where regions tie, as they often do in bf16, amax divides the gradient between them; max would
-    give it to the first, always the same one, and the others would learn no word."""
-    return regions.amax(dim=1)
-
-
-class SegCLIP(OnCLIP):
-    """CLIP with a semantic group module between two blocks of its image encoder (Luo et al., ICML 2023)."""
-
-    def __init__(self, config):
-        super().__init__(CLIP(config))
-        width, heads = config.vision_width, config.vision_width // 64
-        self.group = SemanticGroup(config)
-        self.reconstruction_layer = ReconstructionLayer(config)
-        num_last = config.vision_layers - config.first_stage_layers
-        self.reconstruction_blocks = nn.ModuleList(Block(width, heads) for _ in range(num_last)).apply(init_weights)
-        self.decoder = MAEDecoder(config)
-        # SegCLIP has no class token: the image feature is the maximum over the regions.
-        self.visual.class_embedding.requires_grad_(False)
-
-    def first_stage(self, patches):
-        """The blocks before the group module: [B, N, D] -> [B, N, D]."""
-        for block in self.visual.transformer.resblocks[: self.config.first_stage_layers]:
-            patches = block(patches)
-        return patches
-
-    def third_stage(self, regions):
-        """The blocks after it: [B, L, D] -> [B, L, D]."""
-        for block in self.visual.transformer.resblocks[self.config.first_stage_layers :]:
-            regions = block(regions)
-        return regions
-
-    def patch_tokens(self, image):
-        """[B, 3, H, W] -> H_p [B, N, D], what the group module sees."""
-        visual = self.visual
-        return self.first_stage(visual.ln_pre(visual.embed_patches(image)))
-
-    def encode_image(self, image, gumbel_noise=None):
-        """[B, 3, H, W] -> ImageEncoding. gumbel_noise [B, N, L] replaces the noise drawn in training."""
-        visual, patches = self.visual, self.patch_tokens(image)  # H_p [B, N, D]
-        # At inference an argmax decides, and in bf16 one pixel in eighty got another label; in training the Gumbel noise
-        # is far larger than the rounding.
-        with nullcontext() if self.training else torch.autocast(image.device.type, enabled=False):
-            regions, hard, soft = self.group(patches, gumbel_noise)  # [B, L, D]
-        regions = self.third_stage(regions)  # Z_p [B, L, D]
-        return ImageEncoding(visual.project(max_over_regions(regions)), visual.project(regions), hard, soft)
-
-    def reconstruct(self, image, mask_noise=None, gumbel_noise=None):
-        """Hide most patches, group the rest, predict the pixels of all (Section 2.3).
-
-        mask_noise [B, N] uniform: the patches with the smallest values stay visible. gumbel_noise [B, visible, L].
-        Returns pixels [B, N, P*P*3], and mask [B, N] with 1 where the patch was hidden.
-        """
-        visual = self.visual
-        patches = visual.ln_pre(visual.embed_patches(image))  # [B, N, D]
-        B, N, D = patches.shape
-        if mask_noise is None:
-            mask_noise = torch.rand(B, N, device=image.device)
-        num_visible = self.num_visible(N)
-        order = mask_noise.argsort(dim=1)  # [B, N]
-        restore = order.argsort(dim=1)  # [B, N]: where each patch went in that order
-        visible = patches.gather(1, order[:, :num_visible, None].expand(-1, -1, D))  # [B, V, D]
-
-        regions, M, _ = self.group(self.first_stage(visible), gumbel_noise)
-        z = self.reconstruction_layer(M, regions)  # Eq. 4
-        for block in self.reconstruction_blocks:
-            z = block(z)
-        z = torch.cat([z.mean(dim=1, keepdim=True), z], dim=1)  # MAE's class token, here the mean
-        return self.decoder(z, restore, visual.grid(*image.shape[-2:])), (restore >= num_visible).float()
-
-    def num_visible(self, num_patches):
-        """How many of N patches the masked pass sees: 48 of 196. The authors count the class token, then drop it."""
-        return max(1, int((num_patches + 1) * (1 - self.config.mask_ratio)) - 1)
-
-    def draw_noise(self, batch, num_patches, generator=None):
-        """Of the assignment, of what is hidden, and of the assignment of the rest."""
-        options, L = {"generator": generator, "device": generator.device if generator else None}, self.config.num_centers
-        return {
-            "gumbel_noise": draw_gumbel(batch, num_patches, L, **options),
-            "mask_noise": torch.rand(batch, num_patches, **options),
-            "masked_gumbel_noise": draw_gumbel(batch, self.num_visible(num_patches), L, **options),
-        }
-
-    def forward(self, image, text, gumbel_noise=None, mask_noise=None, masked_gumbel_noise=None, reconstruct=True):
-        encoding = self.encode_image(image, gumbel_noise)
-        outputs = {
-            "image_features": encoding.features,
-            "text_features": self.encode_text(text),
-            "logit_scale": self.clip.logit_scale,
-            "assign": encoding.hard,
-        }
-        if reconstruct:
-            outputs["pixels"], outputs["mask"] = self.reconstruct(image, mask_noise, masked_gumbel_noise)
-        return outputs
 
 
 class DenseCLIP(OnCLIP):
-    """The baseline: CLIP, trained with its class token, and each patch token read as a region of its own; see READOUTS."""
+    """The baseline: CLIP, with each patch as a region. readout: one of READOUTS."""
 
     def __init__(self, clip, readout="clip"):
         super().__init__(clip)
         self.readout = readout
 
     def encode_image(self, image):
-        """[B, 3, H, W] -> ImageEncoding: the class token's feature, and the patches'."""
+        """[B, 3, H, W] -> ImageEncoding, with the class token's feature."""
         class_token, patches = self.clip.dense_tokens(image, self.readout)
-        return ImageEncoding(self.visual.project(class_token), self.visual.project(patches), None, None)
+        return ImageEncoding(self.visual.project(class_token), self.visual.project(patches))
 
     def patch_tokens(self, image):
-        """[B, 3, H, W] -> [B, N, D], as `readout` makes them."""
+        """[B, 3, H, W] -> [B, N, D], by `readout`."""
         return self.clip.dense_tokens(image, self.readout)[1]
 
     def forward(self, image, text, reconstruct=False):
@@ -634,38 +389,316 @@ class DenseCLIP(OnCLIP):
         }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# PACL (Mukhoti et al., CVPR 2023)
+# --------------------------------------------------------------------------------------------------
+# SegCLIP
+
+
+def init_weights(module, linear_std=0.02):
+    """The authors' initial weights of what SegCLIP adds to CLIP; for nn.Module.apply.
+
+    With such small centers (Config.center_std) the scores of a patch are nearly equal at first: the
+    Gumbel noise assigns it, and every center gets a gradient. With a standard deviation of 1 the
+    assignment would start nearly saturated. Norms and convolutions keep PyTorch's initialisation.
+    So does everything with linear_std 0: PyTorch's deviation of 1 / sqrt(3 D) is 0.02 for a width
+    of 768 too, but 0.05 for 128, and a small decoder hardly begins to learn with less.
+    """
+    if linear_std == 0:
+        return
+    if isinstance(module, nn.Linear):
+        nn.init.normal_(module.weight, std=linear_std)
+        nn.init.zeros_(module.bias)
+    elif isinstance(module, Attention):
+        nn.init.xavier_uniform_(module.in_proj_weight)
+        nn.init.zeros_(module.in_proj_bias)
+
+
+class CrossBlock(nn.Module):
+    """Residual cross-attention block (Eq. 1): centers [B, L, D] attend to patches [B, N, D]."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.attn = Attention(width, width // 64)
+        self.ln_x = nn.LayerNorm(width)
+        self.ln_k = nn.LayerNorm(width)
+        self.mlp = MLP(width)
+        self.ln_2 = nn.LayerNorm(width)
+
+    def forward(self, centers, patches):
+        # The paper has only the patches as memory; the authors' code adds the centers.
+        memory = self.ln_k(torch.cat([centers, patches], dim=1))  # [B, L + N, D]
+        centers = centers + self.attn(self.ln_x(centers), memory)
+        return centers + self.mlp(self.ln_2(centers))
+
+
+def draw_gumbel(*shape, **options):
+    """-log(-log(u)) for u uniform between 0 and 1. options: those of torch.rand."""
+    u = torch.rand(*shape, **options)
+    return -(-u.clamp(min=1e-20).log()).log()
+
+
+def assign_patches(scores, tau, gumbel_noise=None):
+    """Assign each patch to one center (Eq. 2): scores [B, N, L] -> M [B, N, L] with one-hot rows.
+
+        M = onehot(argmax over centers of softmax((scores + noise) / tau))
+
+    Without noise (inference), M is the argmax of the scores. With noise (training), it is that of
+    the Gumbel-softmax (Jang et al., 2017), with the gradient of the soft assignment.
+    """
+    if gumbel_noise is None:
+        return F.one_hot(scores.argmax(dim=-1), scores.shape[-1]).to(scores.dtype)
+    soft = ((scores + gumbel_noise) / tau).softmax(dim=-1)
+    hard = F.one_hot(soft.argmax(dim=-1), scores.shape[-1]).to(soft.dtype)
+    return hard + (soft - soft.detach())  # the brackets keep the rows exactly one-hot
+
+
+class SemanticGroup(nn.Module):
+    """Groups patches [B, N, D] around L learned centers into regions [B, L, D] (Section 2.2)."""
+
+    def __init__(self, config):
+        super().__init__()
+        width = config.vision_width
+        heads = width // 64
+        self.tau = config.gumbel_tau
+        self.centers = nn.Parameter(config.center_std * torch.randn(config.num_centers, width))
+        self.cross_blocks = nn.ModuleList(CrossBlock(width) for _ in range(config.cross_layers))
+        self.ln_centers = nn.LayerNorm(width)
+        self.ln_patches = nn.LayerNorm(width)
+        # Keys and values are H_p in Eqs. 2 and 3. The authors' code projects H_p after a norm: one
+        # linear layer per head, as a grouped 1x1 convolution.
+        self.to_keys = nn.Conv1d(width, width, 1, groups=heads, bias=False)
+        self.ln_keys = nn.LayerNorm(width)
+        self.to_values = nn.Conv1d(width, width, 1, groups=heads, bias=False)
+        self.ln_out = nn.LayerNorm(width)
+        self.mlp = MLP(width, nn.GELU)
+        self.activation = QuickGELU()
+        self.apply(partial(init_weights, linear_std=config.linear_std))
+
+    def forward(self, patches, gumbel_noise=None):
+        """-> regions [B, L, D], M [B, N, L], soft [B, N, L]. In training, None draws the noise."""
+        centers = self.centers.expand(len(patches), -1, -1)  # H_c: [L, D] -> [B, L, D]
+        for block in self.cross_blocks:
+            centers = block(centers, patches)  # Eq. 1
+        centers = self.ln_centers(centers)
+
+        h = self.ln_patches(patches).transpose(1, 2)  # [B, N, D] -> [B, D, N]
+        keys = self.ln_keys(self.to_keys(h).transpose(1, 2))  # [B, N, D]
+        values = self.to_values(h).transpose(1, 2)  # [B, N, D]
+        scores = (keys @ centers.transpose(1, 2)).float()  # [B, N, L]; no 1/sqrt(D), as in Eq. 2
+        if not self.training:
+            gumbel_noise = None
+        elif gumbel_noise is None:
+            gumbel_noise = draw_gumbel(*scores.shape, device=scores.device)
+        M = assign_patches(scores, self.tau, gumbel_noise)  # Eq. 2
+
+        count = M.sum(dim=1).clamp(min=1)  # [B, L]; a center without patches gets a mean of zero
+        mean = M.transpose(1, 2) @ values / count[..., None]  # [B, L, D]
+        # Eq. 3; the norm and the activation are in the authors' code only.
+        regions = self.activation(self.mlp(self.ln_out(mean + centers)))
+        return regions, M, scores.softmax(dim=-1)
+
+
+def random_masking(patches, noise, num_visible):
+    """Keep the patches [B, N, D] with the smallest noise [B, N], as MAE (He et al., 2022) does.
+
+    -> visible [B, V, D], in the order of their noise; restore [B, N], the rank of each patch in
+    that order; mask [B, N], 1 where a patch is hidden, 0 where it is visible.
+    """
+    order = noise.argsort(dim=1)  # [B, N]
+    restore = order.argsort(dim=1)
+    keep = order[:, :num_visible, None].expand(-1, -1, patches.shape[-1])  # [B, V, D]
+    return patches.gather(1, keep), restore, (restore >= num_visible).float()
+
+
+class ReconstructionLayer(nn.Module):
+    """Restores patch tokens from regions (Eq. 4): M [B, V, L], regions [B, L, D] -> [B, V, D]."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.linear = nn.Linear(config.num_centers, config.num_centers)
+        self.activation = QuickGELU()
+        self.apply(partial(init_weights, linear_std=config.linear_std))
+
+    def forward(self, M, regions):
+        # The linear layer follows the product in the paper, precedes it in the authors' code.
+        return self.activation(self.linear(M) @ regions)
+
+
+class MAEDecoder(nn.Module):
+    """MAE's decoder: from visible tokens to the pixels of every patch."""
+
+    def __init__(self, config):
+        super().__init__()
+        width = config.vision_width // 2
+        self.embed = nn.Linear(config.vision_width, width)
+        self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, width))
+        blocks = [Block(width, 8, nn.GELU) for _ in range(config.decoder_layers)]
+        self.blocks = nn.Sequential(*blocks)
+        self.norm = nn.LayerNorm(width)
+        self.pixels = nn.Linear(width, 3 * config.patch_size**2)
+        for module in self.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.eps = 1e-6  # as in MAE
+        self.apply(partial(init_weights, linear_std=config.linear_std))
+        for block in self.blocks:  # in MAE these are the weights of an nn.Linear
+            if config.linear_std:
+                nn.init.normal_(block.attn.in_proj_weight, std=config.linear_std)
+
+    def forward(self, x, restore, grid):
+        """x [B, 1 + V, D]: class token, visible patches; restore [B, N] -> pixels [B, N, P*P*3]."""
+        x = self.embed(x)  # [B, 1 + V, D/2]
+        class_token, visible = x[:, :1], x[:, 1:]
+        hidden = self.mask_token.expand(len(x), restore.shape[1] - visible.shape[1], -1)
+        patches = torch.cat([visible, hidden], dim=1)  # [B, N, D/2], in the order of the noise
+        patches = patches.gather(1, restore[..., None].expand_as(patches))  # in that of the image
+        patches = patches + sincos_positions(x.shape[-1], *grid, x.device)
+        x = self.blocks(torch.cat([class_token, patches], dim=1))
+        return self.pixels(self.norm(x[:, 1:]))
+
+
+def sincos_positions(width, rows, columns, device=None):
+    """MAE's fixed positions [rows * columns, width]: half for the column, half for the row."""
+    omega = 10000 ** -(torch.arange(width // 4, device=device) / (width / 4))  # [width/4]
+
+    def encode(length):  # -> [length, width/2]
+        angle = torch.arange(length, device=device)[:, None] * omega
+        return torch.cat([angle.sin(), angle.cos()], dim=1)
+
+    x = encode(columns).repeat(rows, 1)
+    y = encode(rows).repeat_interleave(columns, dim=0)
+    return torch.cat([x, y], dim=1)
+
+
+@torch.compiler.disable  # in bf16, a compiled backward pass rounds otherwise and finds no maximum
+def max_over_regions(regions):
+    """[B, L, D] -> [B, D]. In bf16 regions often tie. amax divides the gradient between them; max
+    would always give it to the first, and the others would learn no word."""
+    return regions.amax(dim=1)
+
+
+class SegCLIP(OnCLIP):
+    """CLIP with a semantic group module between two blocks of its image encoder."""
+
+    def __init__(self, config):
+        super().__init__(CLIP(config))
+        width = config.vision_width
+        num_last = config.vision_layers - config.first_stage_layers
+        self.group = SemanticGroup(config)
+        self.reconstruction_layer = ReconstructionLayer(config)
+        blocks = [Block(width, width // 64) for _ in range(num_last)]
+        init = partial(init_weights, linear_std=config.linear_std)
+        self.reconstruction_blocks = nn.Sequential(*blocks).apply(init)
+        self.decoder = MAEDecoder(config)
+        # Unused: the image feature is the maximum over the regions.
+        self.visual.class_embedding.requires_grad_(False)
+
+    def first_stage(self, patches):
+        """The blocks before the group module: [B, N, D] -> [B, N, D]."""
+        return self.visual.transformer.resblocks[: self.config.first_stage_layers](patches)
+
+    def third_stage(self, regions):
+        """The blocks after the group module: [B, L, D] -> [B, L, D]."""
+        return self.visual.transformer.resblocks[self.config.first_stage_layers :](regions)
+
+    def patch_tokens(self, image):
+        """[B, 3, H, W] -> H_p [B, N, D]."""
+        return self.first_stage(self.visual.ln_pre(self.visual.embed_patches(image)))
+
+    def encode_image(self, image, gumbel_noise=None):
+        """[B, 3, H, W], gumbel_noise [B, N, L] -> ImageEncoding."""
+        patches = self.patch_tokens(image)  # H_p [B, N, D]
+        # At inference an argmax decides, and bf16 would change the label of one pixel in eighty.
+        # In training the Gumbel noise is far larger than the rounding.
+        with nullcontext() if self.training else torch.autocast(image.device.type, enabled=False):
+            regions, hard, soft = self.group(patches, gumbel_noise)  # [B, L, D]
+        regions = self.third_stage(regions)  # Z_p [B, L, D]
+        features = self.visual.project(max_over_regions(regions))
+        return ImageEncoding(features, self.visual.project(regions), hard, soft)
+
+    def reconstruct(self, image, mask_noise=None, gumbel_noise=None):
+        """Hide most patches, group the others, predict the pixels of all (Section 2.3).
+
+        mask_noise [B, N], gumbel_noise [B, V, L] -> pixels [B, N, P*P*3]; mask [B, N], 1 = hidden.
+        """
+        patches = self.visual.ln_pre(self.visual.embed_patches(image))  # [B, N, D]
+        B, N, _ = patches.shape
+        if mask_noise is None:
+            mask_noise = torch.rand(B, N, device=image.device)
+        visible, restore, mask = random_masking(patches, mask_noise, self.num_visible(N))
+        regions, M, _ = self.group(self.first_stage(visible), gumbel_noise)
+        z = self.reconstruction_blocks(self.reconstruction_layer(M, regions))  # Eq. 4: [B, V, D]
+        z = torch.cat([z.mean(dim=1, keepdim=True), z], dim=1)  # the mean is MAE's class token
+        return self.decoder(z, restore, self.visual.grid(*image.shape[-2:])), mask
+
+    def num_visible(self, num_patches):
+        """V: 48 of 196 patches. The authors count the class token too, then drop it."""
+        return max(1, int((num_patches + 1) * (1 - self.config.mask_ratio)) - 1)
+
+    def draw_noise(self, batch, num_patches, generator=None):
+        """Noise of the assignment, of the masking, and of the assignment of visible patches."""
+        L = self.config.num_centers
+        options = {"generator": generator, "device": generator.device if generator else None}
+        return {
+            "gumbel_noise": draw_gumbel(batch, num_patches, L, **options),
+            "mask_noise": torch.rand(batch, num_patches, **options),
+            "masked_gumbel_noise": draw_gumbel(batch, self.num_visible(num_patches), L, **options),
+        }
+
+    def forward(
+        self,
+        image,
+        text,
+        gumbel_noise=None,
+        mask_noise=None,
+        masked_gumbel_noise=None,
+        reconstruct=True,
+    ):
+        encoding = self.encode_image(image, gumbel_noise)
+        outputs = {
+            "image_features": encoding.features,
+            "text_features": self.encode_text(text),
+            "logit_scale": self.clip.logit_scale,
+            "assign": encoding.hard,
+        }
+        if reconstruct:
+            pixels, mask = self.reconstruct(image, mask_noise, masked_gumbel_noise)
+            outputs |= {"pixels": pixels, "mask": mask}
+        return outputs
+
+
+# --------------------------------------------------------------------------------------------------
+# PACL
 
 
 class DINO(VisionTransformer):
-    """DINO's image encoder (Caron et al., ICCV 2021), trained on pictures alone. It is CLIP's, with CLIP's parameter names, but
-    for what is replaced here. Its position grid is stretched to exactly the size that is asked for; DINO's own program adds
-    0.1 patches to that size, and so gives slightly other positions for pictures that are not of the size it was trained on."""
+    """DINO's image encoder (Caron et al., ICCV 2021): CLIP's, but for what is replaced here.
+
+    DINO's own program interpolates the positions to 0.1 patches more than the grid of the image, so
+    they differ slightly at sizes other than that of its training.
+    """
 
     def __init__(self, config):
         super().__init__(config)
-        self.conv1 = nn.Conv2d(3, config.vision_width, config.patch_size, config.patch_size)  # with a bias
-        self.ln_pre, self.proj = nn.Identity(), None
+        self.conv1 = nn.Conv2d(3, config.vision_width, config.patch_size, config.patch_size)
+        self.ln_pre = nn.Identity()
+        self.proj = None
         for module in self.modules():
             if isinstance(module, nn.LayerNorm):
                 module.eps = 1e-6
             elif isinstance(module, MLP):
                 module.gelu = nn.GELU()
-        clip_mean, clip_std, mean, std = (
-            torch.tensor(values).view(3, 1, 1)
-            for values in (IMAGE_MEAN, IMAGE_STD, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # the last two: ImageNet's
-        )
+        # From CLIP's normalisation of images to ImageNet's:
+        clip_mean, clip_std = torch.tensor([IMAGE_MEAN, IMAGE_STD]).view(2, 3, 1, 1)
+        mean, std = torch.tensor([(0.485, 0.456, 0.406), (0.229, 0.224, 0.225)]).view(2, 3, 1, 1)
         self.register_buffer("scale", clip_std / std, persistent=False)
         self.register_buffer("shift", (clip_mean - mean) / std, persistent=False)
 
     def forward(self, image):
-        """[B, 3, H, W], normalised for CLIP -> [B, 1 + N, D] after the last block and its norm, as DINO's program gives them."""
+        """[B, 3, H, W], normalised for CLIP -> [B, 1 + N, D], after the last norm."""
         return self.ln_post(super().forward(image * self.scale + self.shift))
 
 
 class PatchEmbedder(nn.Module):
-    """The vision embedder e_v: patch tokens [..., D] -> [..., E], a residual block whose skip is a linear layer."""
+    """PACL's vision embedder e_v: patch tokens [..., D] -> [..., E], with a linear skip."""
 
     def __init__(self, width, embed_dim):
         super().__init__()
@@ -678,16 +711,18 @@ class PatchEmbedder(nn.Module):
 
 
 class PACL(OnCLIP):
-    """A frozen CLIP, and an embedder that is trained until its patches point where the words of their captions do.
+    """A frozen CLIP, and an embedder that is trained to align its patches with words.
 
-    dino: a DINO, frozen too, whose patches are embedded in place of CLIP's.
+    dino: a DINO, frozen too, whose patches are embedded in place of CLIP's. Raises InputError if
+    its patch size is not CLIP's.
     """
 
     def __init__(self, clip, dino=None):
         super().__init__(clip.requires_grad_(False))
-        if dino and dino.patch_size != clip.config.patch_size:  # one number says in all of this project what a patch is
-            raise ValueError(
-                f"DINO has patches of {dino.patch_size} pixels, CLIP of {clip.config.patch_size}: take two that agree"
+        P = clip.config.patch_size
+        if dino and dino.patch_size != P:  # the project reads config.patch_size everywhere
+            raise InputError(
+                f"DINO has patches of {dino.patch_size} pixels, CLIP of {P}: take two that agree"
             )
         self.dino = dino and dino.requires_grad_(False)
         self.embedder = PatchEmbedder(self.visual.conv1.out_channels, clip.config.embed_dim)
@@ -697,19 +732,21 @@ class PACL(OnCLIP):
         return self.dino or self.clip.visual
 
     def encode_image(self, image):
-        """[B, 3, H, W] -> ImageEncoding: CLIP's feature of the whole picture, and the embedded patches."""
+        """[B, 3, H, W] -> ImageEncoding: CLIP's image feature and the embedded patches."""
         x = self.clip.visual(image)  # [B, 1 + N, D], before ln_post and projection
+        features = self.clip.visual.project(x[:, 0])
         tokens = self.dino(image) if self.dino else x
-        return ImageEncoding(self.clip.visual.project(x[:, 0]), self.embedder(tokens[:, 1:]), None, None)
+        return ImageEncoding(features, self.embedder(tokens[:, 1:]))
 
     def patch_tokens(self, image):
-        """[B, 3, H, W] -> [B, N, D], what the embedder sees."""
+        """[B, 3, H, W] -> [B, N, D], the input of the embedder."""
         return self.visual(image)[:, 1:]
 
     def forward(self, image, text, reconstruct=False):
-        """What pacl_loss needs. Only the embedder has gradients."""
+        """The arguments of pacl_loss. Only the embedder has gradients."""
         with torch.no_grad():
-            tokens, text_features = self.patch_tokens(image), self.encode_text(text)
+            tokens = self.patch_tokens(image)
+            text_features = self.encode_text(text)
         return {
             "patches": self.embedder(tokens),  # [B, N, E]
             "text_features": text_features,

@@ -1,73 +1,71 @@
 """Train SegCLIP on image-text pairs, or PACL, or the CLIP that both are compared with.
 
 python train.py                      a small SegCLIP from scratch on synthetic scenes, in minutes
-python train.py --method pacl        the embedder of PACL, on a CLIP of the scenes, trained first
+python train.py --method clip        the CLIP of the scenes
+python train.py --method pacl        PACL on that CLIP
 python train.py --recipe paper --data "cc3m/{00000..00331}.tar" dataset_coco.json=coco
-torchrun --nproc_per_node=8 train.py --recipe paper ...       the same, split over eight processes
+torchrun --nproc_per_node=8 train.py --recipe paper ...       the same, on eight GPUs
 """
 
-import argparse
 import dataclasses
 import datetime
 import functools
-import inspect
 import json
 import math
 import os
-import re
-import shlex
 import signal
 import sys
 import time
 from collections import Counter
 from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader
+from torch.utils.data import ConcatDataset, DataLoader
 
 import evaluate
 from clip_loader import (
     MODELS,
-    InputError,
-    ManualPage,
     Tokenizer,
-    git_revision,
     last_checkpoint,
     load_clip,
     load_dino,
     load_model,
     load_segclip,
     load_tokenizer,
-    make_folder,
     read_weights,
-    run_program,
     save_checkpoint,
-    start_processes,
 )
 from data import (
+    BENCHMARKS,
     SCENE_WORDS,
     Batches,
-    Fault,
-    Prepared,
+    InMemory,
+    SampleError,
     SyntheticScenes,
     TrainingPairs,
     collate,
     ignore_signals,
     normalise,
     open_pairs,
-    raised,
+    parallel_map,
     read_lines,
 )
+from evaluate import RUNS, Parser, number
 from losses import contrastive_loss, total_loss
-from model import CLIP, PACL, Block, Config, DenseCLIP, SegCLIP
+from model import CLIP, PACL, Block, Config, DenseCLIP, InputError, SegCLIP
 
-# The embedded default. Two parts of the paper's model are left out of it, the cross-attention layers and the blocks after
-# the group module: with either, words end up on the wrong regions (the README has the numbers). They let each region see
-# the whole picture, and the maximum over the regions never asks which one carries which word.
+# --------------------------------------------------------------------------------------------------
+# Recipes: the defaults of the flags, by --recipe and --method
+
+# The embedded default, for scenes. It leaves out the blocks after the group module and the
+# cross-attention. Its weights start as PyTorch has them (init_weights), and its centers larger than
+# the paper's, with a tau of 3 for an assignment that has a gradient all the same. docs/results.md
+# has what each of these is worth.
 SMALL = Config(
     image_size=64,
     patch_size=8,
@@ -78,15 +76,16 @@ SMALL = Config(
     text_width=128,
     text_layers=2,
     first_stage_layers=2,
-    num_centers=16,  # without cross-attention they are the same for all pictures: enough for each word to have its own
+    num_centers=16,
     cross_layers=0,
-    gumbel_tau=3.0,  # from scratch the scores are so far apart that 0.9 leaves the assignment hardly any gradient
+    center_std=1.0,
+    linear_std=0.0,
+    gumbel_tau=3.0,
     decoder_layers=1,
 )
-CLIP_OF_SCENES = f"{evaluate.RUNS['clip']}/checkpoint.pt"  # where --method clip leaves it, and --method pacl looks for it
-_SMALL = {
+SMALL_RECIPE = {
     "data": ["synthetic"],
-    "output": evaluate.RUNS["segclip"],
+    "output": RUNS["segclip"],
     "save_every": 200,
     "vocabulary": "learned",
     "steps": 1700,
@@ -95,7 +94,8 @@ _SMALL = {
     "warmup": 0.1,
     "crop_scale": 1.0,
 }
-_PAPER = {  # Section 3.2; warm-up, decay, crop and what is frozen are the authors' code's, of which the paper is silent
+# Section 3.2. The warm-up, the crop and what is frozen are those of the authors' code.
+PAPER_RECIPE = {
     "output": "runs/paper",
     "save_every": 2000,
     "init": "ViT-B/16",
@@ -109,374 +109,295 @@ _PAPER = {  # Section 3.2; warm-up, decay, crop and what is frozen are the autho
     "warmup": 0.15,
     "crop_scale": 0.5,
 }
-_CONTRASTIVE = {"clip_lr": None, "reconstruction_weight": 0.0, "superpixel_weight": 0.0}
-_PACL = _CONTRASTIVE | {"freeze": False, "weight_decay": 0.2}
-RECIPES = {  # the defaults, by --recipe and --method
-    "small": {
-        "segclip": _SMALL,
-        "clip": {**_SMALL, **_CONTRASTIVE, "output": evaluate.RUNS["clip"]},
-        "pacl": {
-            **_SMALL,
-            **_PACL,
-            "output": evaluate.RUNS["pacl"],
-            "init": CLIP_OF_SCENES,
-            "nouns": "synthetic",
-            "steps": 600,
-            "lr": 3e-3,
-        },
-    },
-    "paper": {
-        "segclip": _PAPER,
-        "clip": {
-            **_PAPER,
-            **_CONTRASTIVE,
-            "output": "runs/paper-clip",
-            "lr": _PAPER["clip_lr"],
-        },  # all that it trains is CLIP's
-        # As others quote the paper; the crop and the length of texts are SegCLIP's.
-        "pacl": {**_PAPER, **_PACL, "output": "runs/paper-pacl", "lr": 5e-4, "batch_size": 4096, "warmup": 0.0},
-    },
+CONTRASTIVE = {"clip_lr": None, "reconstruction_weight": 0.0, "superpixel_weight": 0.0}
+CLIP_OF_SCENES = f"{RUNS['clip']}/checkpoint.pt"
+SMALL_PACL = {"init": CLIP_OF_SCENES, "nouns": "synthetic", "steps": 600, "lr": 3e-3}
+# As others quote the PACL paper; the crop and the text length are SegCLIP's.
+PAPER_PACL = {"freeze": False, "lr": 5e-4, "batch_size": 4096, "warmup": 0.0}
+RECIPES = {
+    ("small", "segclip"): SMALL_RECIPE,
+    ("small", "clip"): SMALL_RECIPE | CONTRASTIVE | {"output": RUNS["clip"]},
+    ("small", "pacl"): SMALL_RECIPE
+    | CONTRASTIVE
+    | SMALL_PACL
+    | {"output": RUNS["pacl"], "weight_decay": 0.2},
+    ("paper", "segclip"): PAPER_RECIPE,
+    ("paper", "clip"): PAPER_RECIPE | CONTRASTIVE | {"output": "runs/paper-clip", "lr": 4e-6},
+    ("paper", "pacl"): PAPER_RECIPE
+    | CONTRASTIVE
+    | PAPER_PACL
+    | {"output": "runs/paper-pacl", "weight_decay": 0.2},
 }
-SIZES = [field for field in dataclasses.fields(Config) if field.name != "vocab_size"]  # that one is the tokenizer's
-ADDED = ("num_centers", "cross_layers", "center_std", "gumbel_tau", "mask_ratio", "decoder_layers")
-# What the authors' program does not train when it starts from CLIP (the class token is not used at all).
+SIZES = {size.name: size for size in dataclasses.fields(Config) if size.name != "vocab_size"}
+# Sizes that --init with a plain CLIP does not decide.
+ADDED = (
+    "num_centers",
+    "cross_layers",
+    "center_std",
+    "linear_std",
+    "gumbel_tau",
+    "mask_ratio",
+    "decoder_layers",
+)
+# What the authors' program does not train when it starts from CLIP.
 FROZEN = (
-    *("clip.visual.conv1.", "clip.visual.positional_embedding", "clip.visual.ln_pre."),
-    *("clip.token_embedding.", "clip.positional_embedding"),
+    "clip.visual.conv1.",
+    "clip.visual.positional_embedding",
+    "clip.visual.ln_pre.",
+    "clip.token_embedding.",
+    "clip.positional_embedding",
 )
-# Flags with which a run may go on otherwise than it began: they change no number but by rounding (--device: and the noise).
-FREE = (
-    *("output", "resume", "save_every", "save_minutes", "keep", "evaluate", "eval_every", "log_every", "device", "workers"),
-    *("max_faults", "accumulate", "checkpoint_activations", "compile"),
-)
+# Flags that may change on resume: they change no number but by rounding (--device: also the noise).
+RESUME_MAY_CHANGE = {"output", "resume", "save_every", "log_every", "device", "workers", "compile"}
+RESUME_MAY_CHANGE |= {"eval_every", "eval_dataset", "eval_root", "max_errors"}
+RESUME_MAY_CHANGE |= {"accumulate", "checkpoint_activations"}
+
+
+def add_arguments(parser):
+    # fmt: off
+    add = parser.add_argument_group("the run").add_argument
+    add("--data", nargs="+", metavar="PAIRS",
+        help="one or more of: synthetic; CAPTIONS.json=FOLDER (COCO's or Karpathy's); LIST.tsv, "
+        '.csv or .jsonl (=FOLDER) of paths and captions; "SHARDS{000..331}.tar" of img2dataset')
+    add("--output", metavar="DIR", help="for checkpoint.pt and log.jsonl [%(default)s]")
+    add("--resume", action="store_true", help="continue from the last checkpoint in DIR, if any")
+    add("--seed", type=number(int, 0, 2**32 - 1), default=0, metavar="N",
+        help="of the order, the new weights and all noise [%(default)s]")
+    add("--save-every", type=number(int, 1), metavar="STEPS", help="[%(default)s]")
+    add("--log-every", type=number(int, 1), default=20, metavar="STEPS", help="[%(default)s]")
+    add("--eval-every", type=number(int, 0), default=0, metavar="STEPS",
+        help="score the model in training and keep the best as best.pt; 0: never")
+    add("--eval-dataset", choices=evaluate.DATASETS, default="synthetic", metavar="NAME",
+        help="as --dataset of evaluate.py [%(default)s]")
+    add("--eval-root", metavar="DIR", help="its folder")
+    add("--max-errors", type=number(float, 0, 1), default=0.01, metavar="SHARE",
+        help="of pairs that may be unusable before the run stops [%(default)s]")
+    add = parser.add_argument_group("the machine").add_argument
+    add("--device", help="cpu, cuda, cuda:1, ... [a GPU if there is one]")
+    add("--precision", choices=("bf16", "fp16", "fp32"),
+        help="[bf16; fp16 on a GPU without it]")
+    add("--workers", type=number(int, 0), default=2, metavar="N",
+        help="processes that prepare pairs, per GPU; 0: only this one [%(default)s]")
+    add("--accumulate", type=number(int, 1), default=1, metavar="K",
+        help="split a batch into K chunks, for less memory; the whole batch gives the negatives")
+    add("--checkpoint-activations", action="store_true",
+        help="for less memory: compute each block's forward pass twice")
+    add("--compile", action="store_true", help="torch.compile: for long runs")
+    add = parser.add_argument_group("the recipe").add_argument
+    add("--init", metavar="MODEL", help="start from ViT-B/16, a CLIP or a SegCLIP [%(default)s]")
+    add("--freeze", action="store_true", help="keep CLIP's patch, position and token embeddings")
+    add("--no-freeze", dest="freeze", action="store_false", help="train them")
+    add("--image-encoder", metavar="FILE",
+        help="pacl: embed the patches of a DINO, dino_vitbase16_pretrain.pth [CLIP's]")
+    add("--vocabulary", metavar="V",
+        help="learned, from the first captions; openai; or a file [%(default)s, or that of --init]")
+    add("--text-length", type=number(int, 2), metavar="T",
+        help="tokens of a caption, longer ones are cut [--context-length; paper: 32]")
+    add("--nouns", metavar="FILE",
+        help="one noun per line: the text of a pair is the caption or one of its nouns in one of "
+        "OpenAI's 7 templates, as in PACL; synthetic: the words of the scenes; none [%(default)s]")
+    add("--steps", type=number(int, 0), metavar="N", help="0 writes the untrained model")
+    add("--epochs", type=number(float, 0), metavar="N", help="in place of --steps [paper: 10]")
+    add("--batch-size", type=number(int, 1), metavar="B",
+        help="pairs per step, of all processes together [%(default)s]")
+    add("--lr", type=number(float, 0, 1e3), metavar="LR", help="peak learning rate [%(default)s]")
+    add("--clip-lr", type=number(float, 0, 1e3), metavar="LR",
+        help="of the text encoder and the image blocks before the group module [--lr; paper: 4e-6]")
+    add("--warmup", type=number(float, 0, 1), metavar="SHARE", help="of the steps [%(default)s]")
+    add("--weight-decay", type=number(float, 0, 1e3), default=0.05, metavar="W",
+        help="of everything but biases [%(default)s]")
+    add("--crop-scale", type=number(float, 1e-4, 1), metavar="SHARE",
+        help="smallest share of an image in a crop [%(default)s]")
+    add("--superpatch", choices=("floor", "majority"), default="floor",
+        help="rule for patches on superpixel borders [%(default)s, the paper's]")
+    add("--reconstruction-weight", type=number(float, 0), default=1.0, metavar="W",
+        help="of L_rec in Eq. 7; 0: none [%(default)s]")
+    add("--superpixel-weight", type=number(float, 0), default=1.0, metavar="W",
+        help="of L_sup in Eq. 7; 1/L is the authors'; 0: none [%(default)s]")
+    add = parser.add_argument_group("the model: see Config in model.py").add_argument
+    for name, size in SIZES.items():
+        values = f"[small: {getattr(SMALL, name)}, paper: {size.default}]"
+        add("--" + name.replace("_", "-"), type=size.type, metavar="N", help=values)
+    # fmt: on
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        usage="python train.py [--recipe small|paper] [--method segclip|clip|pacl] [--data PAIRS] [...]",
-        description=__doc__,
-        epilog="[x] is the default. To see those of the paper: python train.py --recipe paper --help",
-        formatter_class=ManualPage,
+    """-> the flags, with the recipe's values where none was given. Raises InputError."""
+    choices = Parser(add_help=False)
+    choices.add_argument("--recipe", choices=("small", "paper"), default="small", help="[small]")
+    choices.add_argument(
+        "--method",
+        choices=("segclip", "clip", "pacl"),
+        default="segclip",
+        help="clip: the same encoders with CLIP's loss alone; pacl: an embedder for the patches "
+        "of a frozen CLIP [%(default)s]",
     )
-    # fmt: off
-    run = parser.add_argument_group("the run")
-    add = run.add_argument
-    add("--recipe", choices=RECIPES, default="small", help="sets the defaults below: for minutes on a laptop, or the paper's")
-    add("--method", choices=RECIPES["small"], default="segclip",
-        help="clip: the baseline, the same encoder and texts with CLIP's class token and its loss alone; pacl: an embedder of "
-        "the patches of a frozen CLIP [%(default)s]")
-    add("--data", nargs="+", metavar="PAIRS",
-        help="one or more of: synthetic; CAPTIONS.json=FOLDER (COCO's or Karpathy's, and the folder of its pictures); a .tsv, "
-        '.csv or .jsonl of paths and captions (likewise); "SHARDS{000..331}.tar" of img2dataset [synthetic; paper: needed]')
-    add("--output", metavar="DIR", help="for checkpoint.pt and log.jsonl; a run that is there is moved aside [%(default)s]")
-    add("--resume", action="store_true", help="go on from the last good checkpoint in DIR; begin if there is none")
-    add("--seed", type=int, default=0, metavar="N", help="of the order, the new weights and all noise [%(default)s]")
-    add("--save-every", type=int, metavar="STEPS", help="between checkpoints; 0: by the clock alone [%(default)s]")
-    add("--save-minutes", type=float, default=15, metavar="M", help="between checkpoints at most [%(default)s]")
-    add("--keep", type=int, default=2, metavar="N", help="checkpoints: checkpoint.pt, checkpoint.1.pt, ... [%(default)s]")
-    add("--log-every", type=int, default=20, metavar="STEPS", help="between log lines [%(default)s]")
-    add("--eval-every", type=int, default=0, metavar="STEPS",
-        help="score the model on the way, and keep the best as best.pt; 0: do not [%(default)s]")
-    add("--evaluate", default="--dataset synthetic", metavar="FLAGS", help='of evaluate.py, for that ["%(default)s"]')
-    add("--max-faults", type=float, default=0.01, metavar="SHARE",
-        help="of the pairs that may be unusable before the run stops; more for data that you know to be dirty [%(default)s]")
-    machine = parser.add_argument_group("the machine; it changes numbers by rounding only (--device: and the noise)")
-    add = machine.add_argument
-    add("--device", help="cpu, cuda, cuda:1, ... [a GPU if there is one]")
-    add("--precision", choices=("bf16", "fp16", "fp32"),
-        help="fp32 for an old CPU, or to compare to the last digit [bf16; fp16 on a GPU that does not know it]")
-    add("--workers", type=int, default=2, metavar="N",
-        help="processes that prepare pairs, more where the GPU waits for them; 0: none but this [%(default)s]")
-    add("--accumulate", type=int, default=1, metavar="K",
-        help="for less memory: work in K chunks, with the whole batch as negatives, at the price of one forward pass more "
-        "[%(default)s]")
-    add("--checkpoint-activations", action="store_true",
-        help="for less memory, too: compute each block's forward pass twice")
-    add("--compile", action="store_true", help="torch.compile: minutes at the start, then faster steps; for long runs")
-    recipe = parser.add_argument_group("the recipe")
-    add = recipe.add_argument
-    add("--init", metavar="MODEL", help="weights to start from: ViT-B/16, a CLIP, a SegCLIP [none; paper: ViT-B/16]")
-    add("--from-scratch", action="store_true", help="no --init, and with it no --freeze and no --clip-lr by default")
-    add("--freeze", action=argparse.BooleanOptionalAction, default=False,
-        help="keep CLIP's patch, position and token embeddings as they are [no; paper: yes]")
-    add("--image-encoder", metavar="FILE",
-        help="pacl: embed the patches of a DINO, dino_vitbase16_pretrain.pth; the paper's Table 3, where CLIP's do better "
-        "[CLIP's]")
-    add("--vocabulary", metavar="V",
-        help='"learned" of the first captions, "openai", or a file; of --init, if it has one [%(default)s]')
-    add("--text-length", type=int, metavar="T",
-        help="tokens of a caption; fewer are faster, and longer captions are cut [--context-length; paper: 32]")
-    add("--nouns", metavar="FILE",
-        help="a noun in each line: the text of a pair is then the caption or one of its nouns in one of OpenAI's 7 templates, as "
-        "in PACL; all as often, so that with two nouns one text in 15 is the caption. \"synthetic\": the words of the scenes; "
-        '"none": captions alone [none; pacl on the scenes: synthetic]')
-    add("--steps", type=int, metavar="N",
-        help="length of the run; 300 for a first look; 0 writes the untrained model, to compare with "
-        f"[small: {_SMALL['steps']}; with pacl {RECIPES['small']['pacl']['steps']}]")
-    add("--epochs", type=float, metavar="N", help="in place of --steps: how often each pair is seen [paper: 10]")
-    add("--batch-size", type=int, metavar="B", help="pairs in a step, over all processes together [%(default)s]")
-    add("--lr", type=float, metavar="LR", help="learning rate at its peak; less if the loss jumps [%(default)s]")
-    add("--clip-lr", type=float, metavar="LR",
-        help="the same for the text encoder and the image blocks before the group module [--lr; paper: 4e-6]")
-    add("--warmup", type=float, metavar="SHARE", help="of the steps in which the rates rise [%(default)s]")
-    add("--weight-decay", type=float, default=0.05, metavar="W", help="of everything but biases [%(default)s]")
-    add("--crop-scale", type=float, metavar="SHARE", help="of a picture that a crop has at least [%(default)s]")
-    add("--superpatch", choices=("floor", "majority"), default="floor",
-        help="rule for patches between superpixels: the paper's, or the id that most pixels have [%(default)s]")
-    add("--reconstruction-weight", type=float, default=1.0, metavar="W", help="of L_rec in Eq. 7; 0: none [%(default)s]")
-    add("--superpixel-weight", type=float, default=1.0, metavar="W",
-        help="of L_sup in Eq. 7; 1/L is the authors'; 0: none [%(default)s]")
-    sizes = parser.add_argument_group("the model; with --init, what CLIP has stays as it is")
-    # fmt: on
-    comments = dict(  # the same words as there
-        re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.MULTILINE)
-    )
-    for field in SIZES:
-        values = f"[small: {getattr(SMALL, field.name)}, paper: {field.default}]"
-        what = f"{comments.get(field.name, '')} {values}".lstrip()
-        sizes.add_argument("--" + field.name.replace("_", "-"), type=field.type, metavar="N", help=what)
-
-    # The recipe's values become the defaults, so that every flag that is given stands. (Of steps and epochs, one is given.)
-    defaults = recipe_defaults(argv)
+    choices.add_argument("--from-scratch", action="store_true", help="paper: no --init")
+    known, _ = choices.parse_known_args(argv)
+    defaults = dict(RECIPES[known.recipe, known.method])
+    if known.from_scratch:
+        defaults |= {"init": None, "freeze": False, "clip_lr": None}
+        defaults["lr"] = RECIPES[known.recipe, "segclip"]["lr"]
     length = {name: defaults.pop(name, None) for name in ("steps", "epochs")}
+    parser = Parser(__doc__, parents=[choices])
+    add_arguments(parser)
     parser.set_defaults(**defaults)
     args = parser.parse_args(argv)
+    if args.steps is not None and args.epochs is not None:
+        parser.error("--steps or --epochs, not both")
     if args.steps is None and args.epochs is None:
-        args.steps, args.epochs = length["steps"], length["epochs"]
+        args.steps = length["steps"]
+        args.epochs = length["epochs"]
+    check(args, parser.error)
     return args
 
 
-def recipe_defaults(argv):
-    """The entry of RECIPES that the command line asks for; what is wrong in it is left for parse_args to say."""
-    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
-    parser.add_argument("--recipe", choices=RECIPES, default="small")
-    parser.add_argument("--method", choices=RECIPES["small"], default="segclip")
-    parser.add_argument("--from-scratch", action="store_true")
-    try:
-        args = parser.parse_known_args(argv)[0]
-    except argparse.ArgumentError:
-        args = parser.parse_args([])
-    defaults = dict(RECIPES[args.recipe][args.method])
-    if args.from_scratch:
-        defaults |= {"init": None, "freeze": False, "clip_lr": None, "lr": RECIPES[args.recipe]["segclip"]["lr"]}
-    return defaults
-
-
-def check(args, world):
-    """Raises InputError for flags that make no sense."""
-    limits = {"seed": 2**32 - 1, "warmup": 1.0, "epochs": 1e6, "lr": 1e3, "clip_lr": 1e3, "max_faults": 0.99}
-    least = {"keep": 1, "log_every": 1, "accumulate": 1, "text_length": 2, "save_minutes": 1e-3, "batch_size": 1}
-    others = ("save_every", "eval_every", "workers", "steps", "weight_decay")
-    for name in (*others, "reconstruction_weight", "superpixel_weight", *limits, *least):
-        value = getattr(args, name)
-        if value is not None and not least.get(name, 0) <= value <= limits.get(name, math.inf):
-            raise InputError(f"--{name.replace('_', '-')} {value}: out of range")
-    if args.batch_size % (world * args.accumulate):
-        chunks = f" of {args.accumulate} chunks each" if args.accumulate > 1 else ""
-        raise InputError(f"--batch-size {args.batch_size} cannot be split over {world} processes{chunks}")
-    if not 0 < args.crop_scale <= 1:
-        raise InputError(f"--crop-scale {args.crop_scale}: must be more than 0 and at most 1")
-    if args.steps is not None and args.epochs is not None:
-        raise InputError("--steps or --epochs, not both")
+def check(args, error):
+    """Calls error(message) for flags that do not go together."""
     if args.data is None:
-        raise InputError(f"--recipe {args.recipe} needs --data")
-    if args.init == CLIP_OF_SCENES and args.data != ["synthetic"]:
-        advice = "a CLIP that knows their words, for example of train.py --method clip --data ..."
-        raise InputError(f"--method {args.method} on other data than the scenes needs --init, {advice}")
-    if args.nouns == "synthetic" and "synthetic" not in args.data:
-        raise InputError("--nouns synthetic: the words of the scenes, which are not in --data; --nouns FILE, or none")
+        error(f"--recipe {args.recipe} needs --data")
     if args.from_scratch and args.init:
-        raise InputError("--from-scratch or --init, not both")
-    of_segclip = ("first_stage_layers", *ADDED, "clip_lr", "reconstruction_weight", "superpixel_weight")
-    of_pacl = ("patch_scale", "image_encoder")
-    unread = {"segclip": of_pacl, "clip": of_segclip + of_pacl, "pacl": (*of_segclip, "from_scratch", "freeze")}
-    for name in unread[args.method]:
-        if getattr(args, name):
-            raise InputError(f"--method {args.method} has no --{name.replace('_', '-')}")
+        error("--from-scratch or --init, not both")
+    if args.nouns == "synthetic" and "synthetic" not in args.data:
+        error("--nouns synthetic: those are the words of the scenes; give --nouns FILE, or none")
+    if args.method == "pacl" and not args.init:
+        error("--method pacl needs --init, a CLIP")
+    if args.eval_every and args.eval_dataset in BENCHMARKS and not args.eval_root:
+        error(f"--eval-dataset {args.eval_dataset} needs --eval-root, the folder that holds it")
     if args.method == "pacl" and args.accumulate > 1:
-        raise InputError("--accumulate: the loss of --method pacl works in chunks already")
+        error("--accumulate: the loss of --method pacl works in chunks already")
+    of_segclip = ("first_stage_layers", *ADDED, "clip_lr")
+    of_segclip = (*of_segclip, "reconstruction_weight", "superpixel_weight")
+    of_pacl = ("patch_scale", "image_encoder")
+    unused = {
+        "segclip": of_pacl,
+        "clip": of_segclip + of_pacl,
+        "pacl": (*of_segclip, "from_scratch", "freeze"),
+    }
+    for name in unused[args.method]:
+        if getattr(args, name):
+            error(f"--method {args.method} has no --{name.replace('_', '-')}")
 
 
-def check_resumed(state, args, path):
-    """Raises InputError unless the checkpoint is of a run with the same flags: it could not go on as it began."""
-    if not {"model", "merges", "optimizer", "scaler", "step", "pairs", "faults", "args"} <= state.keys():
-        raise InputError(f"{path}: not a checkpoint of train.py, which could be resumed")
-    for name, value in vars(args).items():
-        if name not in FREE and state["args"].get(name) != value:
-            flag = "--" + name.replace("_", "-")
-            had, now = ("its default" if x is None else x for x in (state["args"].get(name), value))
-            raise InputError(f"{path}: its run had {flag} {had}, not {now}; use the same flags")
+def check_resumed(saved, flags, path):
+    """Raises InputError unless a checkpoint is of a run with the same flags."""
+    if not {"model", "merges", "optimizer", "scaler", "step", "pairs", "flags"} <= saved.keys():
+        raise InputError(f"{path}: not a checkpoint of train.py that could be resumed")
+    for name, value in flags.items():
+        if name not in RESUME_MAY_CHANGE and saved["flags"].get(name) != value:
+            flag = name.replace("_", "-")
+            before = saved["flags"].get(name)
+            raise InputError(f"{path}: was trained with --{flag} {before}, not {value}")
 
 
-def choose_tokenizer(args, sources):
-    if args.init is None and args.vocabulary == "learned":
-        captions = []
-        for i in range(min(500, len(sources[0]))):
-            try:
-                captions.append(sources[0][i].caption)
-            except Fault:
-                continue
-        return Tokenizer.learn(captions, num_merges=500)
-    file = args.init if args.init and Path(args.init).is_file() else None
-    return load_tokenizer(file, None if args.vocabulary in ("openai", "learned") else args.vocabulary)
+# --------------------------------------------------------------------------------------------------
+# Model and optimizer
 
 
-def choose_sizes(args):
-    """The recipe's Config, with the flags that were given. Raises InputError for sizes that do not fit together."""
-    base = SMALL if args.recipe == "small" else Config()
-    given = {field.name: getattr(args, field.name) for field in SIZES if getattr(args, field.name) is not None}
-    if args.method == "clip":  # there is no group module to come after some of the blocks
-        given["first_stage_layers"] = given.get("vision_layers", base.vision_layers)
-    try:
-        return dataclasses.replace(base, **given)
-    except ValueError as error:
-        raise InputError(str(error)) from None
+def choose_sizes(recipe, method, sizes):
+    """The recipe's Config with the sizes {name: value} that were given. Raises InputError."""
+    config = SMALL if recipe == "small" else Config()
+    if method == "clip":  # there is no group module that other blocks would follow
+        layers = sizes.get("vision_layers", config.vision_layers)
+        sizes = sizes | {"first_stage_layers": layers}
+    return dataclasses.replace(config, **sizes)
 
 
-def build_model(args, vocab_size):
-    """--method's model, from --init or from scratch. Raises InputError for sizes that do not fit the weights."""
-    config = dataclasses.replace(choose_sizes(args), vocab_size=vocab_size)
-    try:
-        if args.method == "clip":
-            model = DenseCLIP(load_clip(args.init, args.activation) if args.init else CLIP(config))
-        elif args.method == "pacl":
-            clip = load_clip(args.init, args.activation)
-            clip.config = dataclasses.replace(clip.config, patch_scale=config.patch_scale)
-            model = PACL(clip, load_dino(args.image_encoder) if args.image_encoder else None)
-        elif args.init is None:
-            model = SegCLIP(config)
-        else:
-            added = {name: getattr(config, name) for name in ADDED}
-            if args.first_stage_layers is not None:  # else it follows from the CLIP's depth
-                added["first_stage_layers"] = args.first_stage_layers
-            model = load_segclip(args.init, args.activation, **added)
-    except ValueError as error:
-        raise InputError(str(error)) from None
-    for field in SIZES:
-        given, actual = getattr(args, field.name), getattr(model.config, field.name)
-        if given is not None and given != actual:
-            raise InputError(f"--{field.name.replace('_', '-')} {given}: {args.init} has {actual}")
+def build_model(method, init, config, sizes, vocab_size, image_encoder=None):
+    """A model of this method, from `init` or from scratch. Raises InputError.
+
+    config: from choose_sizes. sizes: those that were given, which the weights of init must have.
+    """
+    config = dataclasses.replace(config, vocab_size=vocab_size)
+    activation = sizes.get("activation")
+    if method == "clip":
+        model = DenseCLIP(load_clip(init, activation) if init else CLIP(config))
+    elif method == "pacl":
+        clip = load_clip(init, activation)
+        clip.config = dataclasses.replace(clip.config, patch_scale=config.patch_scale)
+        model = PACL(clip, load_dino(image_encoder) if image_encoder else None)
+    elif init is None:
+        model = SegCLIP(config)
+    else:
+        added = {name: getattr(config, name) for name in ADDED}
+        if "first_stage_layers" in sizes:  # otherwise it follows from the CLIP's depth
+            added["first_stage_layers"] = sizes["first_stage_layers"]
+        model = load_segclip(init, activation, **added)
+    for name, value in sizes.items():
+        actual = getattr(model.config, name)
+        if value != actual:
+            raise InputError(f"--{name.replace('_', '-')} {value}: {init} has {actual}")
     if model.config.vocab_size != vocab_size:
-        raise InputError(f"{args.init}: made for {model.config.vocab_size} tokens, but the vocabulary has {vocab_size}")
+        tokens = f"{model.config.vocab_size} tokens, but the vocabulary has {vocab_size}"
+        raise InputError(f"{init}: made for {tokens}")
     return model
 
 
-class Run:
-    """A run of training, new or resumed: its model, optimizer, tokenizer, sources of pairs, steps done and faults met."""
-
-    def __init__(self, args, device, rank, world):
-        """Raises InputError. Of args, what only the data can tell is filled in: steps, where epochs were given."""
-        self.args, self.flags, self.rank, self.path = args, dict(vars(args)), rank, Path(args.output) / "checkpoint.pt"
-        self.step, self.faults, self.saved_step, self.last_save = 0, Counter(), None, time.time()
-        saved, self.resumed = last_checkpoint(self.path) if args.resume else (None, None)  # its content, its path
-        torch.manual_seed(args.seed)
-        self.tokenizer, self.model, self.sources = open_parts(args, saved, self.resumed, rank, world)
-        self.model, self.lengths = self.model.to(device), [len(source) for source in self.sources]
-        if (args.text_length or 0) > self.model.config.context_length:
-            most = self.model.config.context_length
-            raise InputError(f"--text-length {args.text_length}: the model takes at most {most} tokens")
-        if args.steps is None:
-            args.steps = math.ceil(args.epochs * sum(self.lengths) / args.batch_size)
-        freeze(self.model, args)
-        self.optimizer = build_optimizer(self.model, args)
-        # Without fp16 it scales by 1, and only skips steps whose gradients are not finite.
-        self.scaler = torch.amp.GradScaler(device.type, 2.0**16 if args.precision == "fp16" else 1.0)
-        if saved:
-            if saved["pairs"] != self.lengths:
-                counts = f"its run had {sum(saved['pairs'])} pairs, the data has {sum(self.lengths)} now"
-                raise InputError(f"{self.resumed}: {counts}")
-            self.optimizer.load_state_dict(saved["optimizer"])
-            self.scaler.load_state_dict(saved["scaler"])
-            self.step, self.saved_step, self.faults = saved["step"], saved["step"], Counter(saved["faults"])
-        if world > 1:
-            ends = torch.tensor([self.step, -self.step], device=device)
-            dist.all_reduce(ends, dist.ReduceOp.MAX)
-            if ends.sum():
-                folder = self.path.parent
-                raise InputError(f"{folder}: not every process finds the same checkpoint there; it must be on a shared disk")
-
-    def save(self):
-        self.saved_step, self.last_save = self.step, time.time()
-        if self.rank == 0:
-            state = {"merges": self.tokenizer.merges, "step": self.step, "pairs": self.lengths, "faults": dict(self.faults)}
-            state |= {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
-            save_checkpoint(self.path, self.model, self.args.keep, **state, args=self.flags, git=git_revision())
-
-    def save_is_due(self):
-        """By the number of steps, or by the clock."""
-        every, late = self.args.save_every, time.time() - self.last_save > 60 * self.args.save_minutes
-        return late or every and self.step % every == 0
+def learn_vocabulary(source):
+    """A tokenizer with 500 merges, learned from the first 500 captions of a source."""
+    captions = []
+    for i in range(min(500, len(source))):
+        try:
+            captions.append(source[i].caption)
+        except SampleError:
+            continue
+    return Tokenizer.learn(captions, num_merges=500)
 
 
-def open_parts(args, saved, saved_path, rank, world):
-    """-> tokenizer, model and sources of pairs: of the run that was saved, of --init, or new. Raises InputError."""
-    open_data = functools.partial(
-        open_pairs, args.data, seed=args.seed, workers=args.workers, max_faults=args.max_faults, rank=rank, world=world
-    )
-    if saved:
-        check_resumed(saved, args, saved_path)
-        model = load_model(saved_path)
-        return Tokenizer(saved["merges"]), model, open_data(model.config)
-    if args.init:
-        if args.init not in MODELS and not Path(args.init).is_file():
-            raise InputError(f"--init {args.init}: no such file, and no model of this name; there are {', '.join(MODELS)}")
-        tokenizer = choose_tokenizer(args, None)
-        model = build_model(args, tokenizer.vocab_size)
-        return tokenizer, model, open_data(model.config)  # crops are of the size that the weights are made for
-    sources = open_data(choose_sizes(args))  # the vocabulary may be learned of them
-    tokenizer = choose_tokenizer(args, sources)
-    return tokenizer, build_model(args, tokenizer.vocab_size), sources
-
-
-def freeze(model, args):
-    """Switch off the gradient of what the recipe does not train."""
+def freeze(model, embeddings=False, reconstruction=False):
+    """Switches off the gradients of CLIP's embeddings, and of what only reconstruction needs."""
+    prefixes = FROZEN if embeddings else ()
+    if reconstruction:
+        prefixes = (*prefixes, "reconstruction_layer.", "reconstruction_blocks.", "decoder.")
     for name, parameter in model.named_parameters():
-        if args.freeze and name.startswith(FROZEN):
+        if name.startswith(prefixes):
             parameter.requires_grad_(False)
-    if args.method == "segclip" and not args.reconstruction_weight:
-        for part in (model.reconstruction_layer, model.reconstruction_blocks, model.decoder):
-            part.requires_grad_(False)
 
 
-def parameter_groups(model, args):
-    """What is trained, by peak learning rate and weight decay (for AdamW), as Section 3.2 says.
+def parameter_groups(model, lr, clip_lr=None, weight_decay=0.0):
+    """What is trained, by peak learning rate and weight decay, for AdamW (Section 3.2).
 
-    --clip-lr is for CLIP's text encoder, temperature and image blocks before the group module. All else has --lr: what
-    SegCLIP adds, and what comes after it in the image encoder, pre-trained or not. (The other methods have no --clip-lr.)
+    clip_lr is for CLIP's text encoder, temperature and image blocks before the group module. All
+    else has lr: what SegCLIP adds, and the blocks after it, pre-trained or not.
     """
-    config, visual, late = model.config, "clip.visual.", ()
-    if args.method == "segclip":
-        late = [f"{visual}transformer.resblocks.{i}." for i in range(config.first_stage_layers, config.vision_layers)]
-        late = (*late, f"{visual}ln_post.", f"{visual}proj")
-    clip_lr = args.lr if args.clip_lr is None else args.clip_lr
+    config = model.config
+    late = ()
+    if isinstance(model, SegCLIP):
+        blocks = range(config.first_stage_layers, config.vision_layers)
+        late = [f"clip.visual.transformer.resblocks.{i}." for i in blocks]
+        late = (*late, "clip.visual.ln_post.", "clip.visual.proj")
     groups = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            lr = clip_lr if name.startswith("clip.") and not name.startswith(late) else args.lr
-            decay = 0.0 if name.endswith("bias") else args.weight_decay  # as in the authors' program
-            groups.setdefault((lr, decay), []).append(parameter)
-    return [{"params": p, "lr": lr, "peak_lr": lr, "weight_decay": decay} for (lr, decay), p in sorted(groups.items())]
+            early = name.startswith("clip.") and not name.startswith(late)
+            rate = clip_lr if early and clip_lr is not None else lr
+            decay = 0.0 if name.endswith("bias") else weight_decay  # as in the authors' program
+            groups.setdefault((rate, decay), []).append(parameter)
+    return [
+        {"params": parameters, "lr": rate, "peak_lr": rate, "weight_decay": decay}
+        for (rate, decay), parameters in sorted(groups.items())
+    ]
 
 
-def build_optimizer(model, args):
-    """Adam with decoupled weight decay, fused where torch can: then a step that must be skipped is, without being asked."""
-    fused = next(model.parameters()).device.type in ("cpu", "cuda")
-    return torch.optim.AdamW(parameter_groups(model, args), betas=(0.9, 0.98), eps=1e-6, fused=fused)
-
-
-def lr_factor(step, args):
-    """Linear warm-up to 1, then a cosine to 0 (Section 3.2)."""
-    warmup = max(1, round(args.warmup * args.steps))
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, args.steps - warmup)))
+def lr_factor(step, steps, warmup):
+    """Linear warm-up to 1 in a share `warmup` of the steps, then a cosine to 0 (Section 3.2)."""
+    warmup_steps = max(1, round(warmup * steps))
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, steps - warmup_steps)))
 
 
 def checkpoint_activations(model):
-    """Keep only what goes into each block, and compute the rest again when its gradient is asked for."""
+    """Keeps only the input of each block, and computes the rest again for the gradient."""
     for module in model.modules():
         if isinstance(module, Block):
-            module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False)
+            module.forward = functools.partial(
+                checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False
+            )
+
+
+# --------------------------------------------------------------------------------------------------
+# One step
 
 
 def autocast(device, precision):
@@ -484,401 +405,538 @@ def autocast(device, precision):
     return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 
-def compute_gradients(parallel, batch, noise, args, scaler, extra):
+def compute_gradients(parallel, batch, noise, weights, precision, scaler, extra, chunks=1):
     """The gradients of a batch's loss (Eq. 7), in .grad of the parameters, scaled by `scaler`.
 
-    parallel: the model, or the DistributedDataParallel around it. batch: image [b, 3, H, W], superpatch [b, N], text [b, T];
-    these and the noise are this process's rows. extra: numbers [n] that are to be summed over the processes on the way.
-    Returns the losses of the whole batch with `extra` behind them, one tensor, and the names of the losses.
+    parallel: the model, or the DistributedDataParallel around it. batch: image [b, 3, H, W],
+    superpatch [b, N], text [b, T]; these and the noise are this process's rows. weights: of L_rec
+    and L_sup. extra: numbers [n] to be summed over the processes on the way. -> the losses of the
+    whole batch and `extra`, one tensor, and the names of the losses.
 
-    With args.accumulate = K > 1 activations are kept of one chunk in K only, and the contrastive loss still has the whole
-    batch as negatives: see gradients_of_features.
+    With chunks > 1 the activations of one chunk at a time are kept, and the contrastive loss still
+    has the negatives of the whole batch (see gradients_of_features).
     """
     model = getattr(parallel, "module", parallel)
-    K, world = args.accumulate, dist.get_world_size() if dist.is_initialized() else 1
-    precision = autocast(batch[0].device, args.precision)
-    weights, reconstruct = (args.reconstruction_weight, args.superpixel_weight), args.reconstruction_weight > 0
-    chunks = [[x.chunk(K)[k] for x in batch] + [{n: x.chunk(K)[k] for n, x in noise.items()}] for k in range(K)]
-    if K > 1:
-        con, g_p, g_w, g_scale = gradients_of_features(model, chunks, precision)
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    context = autocast(batch[0].device, precision)
+    parts_of_batch = list(zip(*(x.chunk(chunks) for x in batch)))
+    parts_of_noise = [{n: x.chunk(chunks)[k] for n, x in noise.items()} for k in range(chunks)]
+    if chunks > 1:
+        con, g_image, g_text, g_scale = gradients_of_features(
+            model, parts_of_batch, parts_of_noise, context
+        )
     totals = 0
-    for k, (image, superpatch, text, chunk_noise) in enumerate(chunks):
-        last = k == K - 1
+    for k, (image, superpatch, text) in enumerate(parts_of_batch):
+        last = k == chunks - 1
         with nullcontext() if last or model is parallel else parallel.no_sync():
-            with precision:
-                outputs = parallel(image, text, **chunk_noise, reconstruct=reconstruct)
-            if K == 1:
+            with context:
+                outputs = parallel(image, text, **parts_of_noise[k], reconstruct=weights[0] > 0)
+            if chunks == 1:
                 loss, parts = total_loss(outputs, image, superpatch, *weights)
             else:  # a number whose gradient is that of the contrastive loss of the whole batch
-                inner = (outputs["image_features"] * g_p[k]).sum() + (outputs["text_features"] * g_w[k]).sum()
-                inner = inner + outputs["logit_scale"] * g_scale / K
-                loss, parts = total_loss(outputs, image, superpatch, *weights, con=inner * K)
+                inner = (outputs["image_features"] * g_image[k]).sum()
+                inner = inner + (outputs["text_features"] * g_text[k]).sum()
+                inner = inner + outputs["logit_scale"] * g_scale / chunks
+                loss, parts = total_loss(outputs, image, superpatch, *weights, con=inner * chunks)
                 parts["con"] = con
-            totals = totals + torch.stack(list(parts.values())).detach() / K
+            totals = totals + torch.stack(list(parts.values())).detach() / chunks
             if last:
                 values = torch.cat([totals / world, extra])
                 if world > 1:
                     dist.all_reduce(values)
-                # If any process has a loss that is not finite, then all get gradients that are not.
-                loss = loss * torch.where(values[: len(parts)].isfinite().all(), 1.0, math.nan)
-            scaler.scale(loss / K).backward()
+                # If one process's loss is not finite, the gradients of all must not be.
+                finite = values[: len(parts)].isfinite().all()
+                loss = loss * torch.where(finite, 1.0, math.nan)
+            scaler.scale(loss / chunks).backward()
     return values, list(parts)
 
 
-def gradients_of_features(model, chunks, precision):
-    """The contrastive loss of a batch in chunks, and its gradient with respect to the features of each: first all features
-    without gradient, then the loss. Going on from there, chunk by chunk with the same noise, gives the gradient of the
-    parameters (Gao et al., 2021, "Scaling deep contrastive learning batch size under memory limited setup")."""
+def gradients_of_features(model, parts_of_batch, parts_of_noise, context):
+    """The contrastive loss of a batch in chunks, and its gradients with respect to the features.
+
+    First all features without gradient, then the loss. The second pass, chunk by chunk with the
+    same noise, carries these gradients on to the parameters (Gao et al., 2021, "Scaling deep
+    contrastive learning batch size under memory limited setup").
+    """
     features = []
-    with torch.no_grad(), precision:
-        for image, _, text, noise in chunks:
+    with torch.no_grad(), context:
+        for (image, _, text), noise in zip(parts_of_batch, parts_of_noise):
             outputs = model(image, text, **noise, reconstruct=False)
             features.append((outputs["image_features"].float(), outputs["text_features"].float()))
-    z_p, z_w = (torch.cat(x).requires_grad_() for x in zip(*features))
+    image_features, text_features = (torch.cat(x).requires_grad_() for x in zip(*features))
     scale = model.clip.logit_scale.detach().requires_grad_()
-    con = contrastive_loss(z_p, z_w, scale)
-    g_p, g_w, g_scale = torch.autograd.grad(con, (z_p, z_w, scale))
-    return con.detach(), g_p.chunk(len(chunks)), g_w.chunk(len(chunks)), g_scale
+    con = contrastive_loss(image_features, text_features, scale)
+    g_image, g_text, g_scale = torch.autograd.grad(con, (image_features, text_features, scale))
+    chunks = len(features)
+    return con.detach(), g_image.chunk(chunks), g_text.chunk(chunks), g_scale
 
 
-def take_step(parallel, optimizer, batch, noise, args, scaler, extra):
-    """Gradients, clipped, and the optimiser's step. Nothing here waits for the GPU.
+def take_step(parallel, optimizer, batch, noise, weights, precision, scaler, chunks=1):
+    """Gradients, clipped to norm 1, and the optimizer's step. Nothing here waits for the GPU.
 
-    batch: picture uint8 [b, 3, H, W], superpatch, text. Returns the numbers of compute_gradients with the gradient's norm
-    behind them, one tensor, and the names of the losses.
+    batch: image uint8 [b, 3, H, W], superpatch, text, extra. Other arguments and results: see
+    compute_gradients; the gradients' norm is appended to the numbers.
     """
-    picture, superpatch, text = batch
+    image, superpatch, text, extra = batch
+    batch = normalise(image), superpatch, text
     optimizer.zero_grad()
-    values, parts = compute_gradients(parallel, (normalise(picture), superpatch, text), noise, args, scaler, extra)
+    values, names = compute_gradients(
+        parallel, batch, noise, weights, precision, scaler, extra, chunks
+    )
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(parallel.parameters(), 1.0)
-    scaler.step(optimizer)  # or not, if a gradient is not finite; after DDP's sum that is so on all processes
-    scaler.update(None if args.precision == "fp16" else 1.0)
-    with torch.no_grad():  # where the loss clamps the scale it has no gradient, and could never come back
+    scaler.step(optimizer)  # skipped if a gradient is not finite; after DDP's sum on all processes
+    scaler.update(None if precision == "fp16" else 1.0)
+    with torch.no_grad():  # beyond the loss's clamp it would have no gradient, and never come back
         getattr(parallel, "module", parallel).clip.logit_scale.clamp_(max=math.log(100))
-    return torch.cat([values, norm[None]]), parts
+    return torch.cat([values, norm[None]]), names
 
 
-class Interruption:
-    """While it is entered, Ctrl-C and SIGTERM are only noted, so that the step can be ended and saved."""
+class GracefulExit:
+    """Inside `with`, Ctrl-C and SIGTERM only set `asked`, so that the step can end and be saved."""
 
     def __enter__(self):
         self.asked = False
-        self.handlers = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)}
+        self.handlers = {s: signal.signal(s, self.ask) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
-    def note(self, number, frame):
+    def ask(self, number, frame):
         self.asked = True
 
     def __exit__(self, *_):
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
+        for which, handler in self.handlers.items():
+            signal.signal(which, handler)
 
 
-class Watch:
-    """What a run says of itself. Of the steps' numbers the last are left alone, since reading them would wait for the GPU."""
+class Meter:
+    """Averages the losses since the last log line, and counts sample errors and skipped steps."""
 
-    def __init__(self, run, log):
-        self.run, self.args, self.log = run, run.args, log
-        self.unread, self.recent, self.skipped, self.named = [], [], 0, Counter()
-        self.since, self.last_step = time.time(), run.step
+    def __init__(self, state, steps, batch_size, weights):
+        self.errors = state.errors
+        self.steps = steps
+        self.batch_size = batch_size
+        self.weights = {"con": 1.0, "rec": weights[0], "sup": weights[1]}
+        self.printed = Counter()
+        self.unread = []
+        self.recent = []
+        self.skipped = 0
+        self.restart(state.step)
 
-    def add(self, values):
-        """The numbers of a step, on their way from the GPU."""
-        arrived = torch.cuda.Event() if values.is_cuda else None
-        self.unread.append((values.to("cpu", non_blocking=True), arrived))
-        if arrived:
-            arrived.record()
+    def restart(self, step):
+        self.since = time.time()
+        self.since_step = step
 
-    def extra(self, stop_asked, met):
-        """What else is to be summed over the processes at this step, see `read`. The first faults of each kind are printed."""
-        for kind, text in met:
-            self.named[kind] += 1
-            if self.named[kind] <= 3:
-                more = "; more of the kind are only counted" if self.named[kind] == 3 else ""
-                print(f"fault: {text}{more}", file=sys.stderr)
-        kinds = [kind for kind, _ in met]
-        return torch.tensor([stop_asked, *(kinds.count(kind) for kind in Fault.KINDS)], dtype=torch.float32)
+    def extra(self, stop, errors):
+        """What is summed over the processes: a wish to stop, and errors by kind."""
+        kinds = [error.args[0] for error in errors]
+        for kind, error in zip(kinds, errors):
+            self.printed[kind] += 1
+            if self.printed[kind] <= 3:
+                more = "; more of the kind are only counted" if self.printed[kind] == 3 else ""
+                print(f"{error}{more}", file=sys.stderr)
+        counts = [kinds.count(kind) for kind in SampleError.KINDS]
+        return torch.tensor([stop, *counts], dtype=torch.float32)
 
-    def read(self, parts, all_steps):
-        """All steps' numbers, or all but the last's -> whether any process wants to stop: the same on all processes, since
-        the numbers are. Raises InputError if too many steps in a row were skipped."""
+    def add(self, values, names, wait):
+        """The numbers of one step. With `wait` they are read, which waits for the GPU.
+
+        -> whether a process wants to stop, the same on all. Raises InputError for a broken run.
+        """
+        self.unread.append(values)
+        if not wait:
+            return False
+        names = [*names, "stop", *SampleError.KINDS, "grad"]
         stop = False
-        while len(self.unread) > (not all_steps):
-            values, arrived = self.unread.pop(0)
-            if arrived:
-                arrived.synchronize()
-            row = dict(zip([*parts, "stop", *Fault.KINDS, "grad"], values.tolist()))
+        for numbers in torch.stack(self.unread).tolist():
+            row = dict(zip(names, numbers))
             stop = stop or row["stop"] > 0
-            self.run.faults.update({kind: int(row[kind]) for kind in Fault.KINDS if row[kind]})
-            self.skipped = 0 if math.isfinite(row["grad"]) else self.skipped + 1
-            self.recent += [] if self.skipped else [row]
+            self.errors.update({kind: int(row[kind]) for kind in SampleError.KINDS if row[kind]})
+            if math.isfinite(row["grad"]):
+                self.skipped = 0
+                self.recent.append(row)
+            else:
+                self.skipped += 1
+        self.unread = []
         if self.skipped >= 10:
             raise InputError(
-                f"step {self.run.step}: {self.skipped} gradients in a row are not finite, the run is broken; try a lower --lr "
-                "(the last checkpoint is kept)"
+                f"{self.skipped} gradients in a row are not finite; try a lower --lr and --resume"
             )
         return stop
 
-    def write(self, parts, lr, scale):
-        """The line of the log: means since the last one."""
+    def log(self, file, names, step, **line):
+        """Appends a line to log.jsonl, and prints it: means since the last one, and `line`."""
         if not self.recent:
             return
-        args, done, now = self.args, self.run.step, time.time()
-        line = {"step": done, **{name: sum(row[name] for row in self.recent) / len(self.recent) for name in (*parts, "grad")}}
-        weights = {"con": 1.0, "rec": args.reconstruction_weight, "sup": args.superpixel_weight}
-        line["loss"] = sum(weights[name] * line[name] for name in parts)
-        rate = (done - self.last_step) / (now - self.since)
-        line |= {
-            "lr": lr,
-            "scale": scale,
-            "pairs_per_second": rate * args.batch_size,
-            "faults": sum(self.run.faults.values()),
-        }
-        self.log.write(json.dumps(line) + "\n")
-        self.log.flush()
-        eta = datetime.timedelta(seconds=round((args.steps - done) / rate))
-        losses = " ".join(f"{name} {line[name]:.2f}" for name in parts)
-        print(  # in 100 columns; log.jsonl has all of it
-            f"step {done}/{args.steps}  loss {line['loss']:.3f}: {losses}  grad {line['grad']:.1f}  lr {lr:.0e}  "
-            f"{line['pairs_per_second']:.0f} pairs/s  ETA {eta}",
+        means = {}
+        for name in (*names, "grad"):
+            means[name] = sum(row[name] for row in self.recent) / len(self.recent)
+        loss = sum(self.weights[name] * means[name] for name in names)
+        steps_per_second = (step - self.since_step) / (time.time() - self.since)
+        rate = steps_per_second * self.batch_size
+        line = {"step": step, **means, "loss": loss, **line, "pairs_per_second": rate}
+        line["errors"] = self.errors.total()
+        file.write(json.dumps(line) + "\n")
+        file.flush()
+        eta = datetime.timedelta(seconds=round((self.steps - step) / steps_per_second))
+        losses = " ".join(f"{name} {means[name]:.2f}" for name in names)
+        print(  # in 100 columns
+            f"step {step}/{self.steps}  loss {loss:.3f}: {losses}  grad {means['grad']:.1f}  "
+            f"lr {line['lr']:.0e}  {rate:.0f} pairs/s  ETA {eta}",
             flush=True,
         )
-        self.recent, self.since, self.last_step = [], now, done
+        self.recent = []
+        self.restart(step)
 
-    def check_faults(self):
-        """Raises InputError, when all is saved, if the data has too many."""
-        run, limit = self.run, self.args.max_faults
-        if sum(run.faults.values()) > limit * max(1000, run.step * self.args.batch_size):
-            run.save()
-            advice = f"more than --max-faults {limit}; mend the data or allow more, and --resume"
-            raise InputError(f"step {run.step}: {self.faults_so_far()}: {advice}")
+    def too_many_errors(self, step, share):
+        return self.errors.total() > share * max(1000, step * self.batch_size)
 
-    def faults_so_far(self):
-        counts = ", ".join(f"{count} x {kind}" for kind, count in self.run.faults.most_common())
-        return f"of {self.run.step * self.args.batch_size} pairs, {counts}"
+    def summary(self):
+        return ", ".join(f"{count} x {kind}" for kind, count in self.errors.most_common())
 
 
-def make_loader(run, rows, nouns, device):
-    """The batches of all steps that are left, of each these rows: picture, superpatch, text and the faults met.
+# --------------------------------------------------------------------------------------------------
+# The run
 
-    Step s takes the pairs at places s * batch_size and on, whatever ran before it and however many processes there are: with
-    the noise of main, nothing else is random, and so a resumed run is the run that was not interrupted.
+
+def open_log(folder, resumed_step):
+    """FOLDER/log.jsonl for appending: of a resumed run up to its step, else empty.
+
+    A folder that holds an earlier run is moved away.
     """
-    args, sources, start, workers = run.args, run.sources, run.step, run.args.workers
-    rule = args.superpatch if args.superpixel_weight else None
-    pairs = torch.utils.data.ConcatDataset(sources)
-    pairs = TrainingPairs(
-        pairs,
-        run.tokenizer,
-        run.model.config,
-        args.crop_scale,
-        args.seed,
-        args.text_length,
-        rule,
-        nouns,
-        evaluate.TEMPLATES[7],
-    )
-    # Whole scenes are always the same: if some are to be seen twice, all are prepared now, and no process is needed then.
-    whole_scenes = args.crop_scale == 1 and not nouns and all(isinstance(source, SyntheticScenes) for source in sources)
-    total = sum(run.lengths)
-    if whole_scenes and total < args.steps * args.batch_size and start < args.steps:
-        if run.rank == 0:
-            print(f"preparing {total:,} scenes, before the first step", flush=True)
-        pairs, workers = Prepared(pairs, total, workers), 0
-    return DataLoader(
-        pairs,
-        batch_sampler=Batches(run.lengths, args.seed, args.batch_size, rows, range(start, args.steps)),
-        num_workers=workers,
-        collate_fn=collate,
-        pin_memory=device.type == "cuda",
-        worker_init_fn=ignore_signals,
-    )
-
-
-def choose_nouns(args):
-    """The words of --nouns. Raises InputError."""
-    if args.nouns in (None, "none"):
-        return []
-    nouns = SCENE_WORDS if args.nouns == "synthetic" else read_lines(args.nouns)
-    if not nouns:
-        raise InputError(f"{args.nouns}: no noun in it; there should be one in each line")
-    return nouns
-
-
-def needs_clip_of_scenes(args):
-    """Whether --method pacl is to begin without --init. Raises InputError if it would fail after that CLIP was trained."""
-    if args.init != CLIP_OF_SCENES or args.resume and any(Path(args.output).glob("checkpoint*.pt")):
-        return False
-    if args.image_encoder:
-        load_dino(args.image_encoder)
-    return True
-
-
-def train_clip_of_scenes(args, world):
-    """The CLIP that --method pacl takes on the scenes, unless it is there -> whether it is now. Raises InputError."""
-    if Path(CLIP_OF_SCENES).exists():
-        state = read_weights(CLIP_OF_SCENES)
-        if state["args"]["data"] != ["synthetic"]:
-            raise InputError(f"{CLIP_OF_SCENES}: not a CLIP of the scenes; move it away, or name it with --init")
-        if state["args"]["epochs"] or state["step"] == state["args"]["steps"]:
-            return True
-    if world > 1:
-        raise InputError(f"{CLIP_OF_SCENES}: not there, or not finished; make it with `python train.py --method clip`")
-    print(f"{CLIP_OF_SCENES} comes first: python train.py --method clip --resume", flush=True)
-    return main(
-        ["--method", "clip", "--resume", "--workers", str(args.workers), *(["--device", args.device] if args.device else [])]
-    )
-
-
-def main(argv=None):
-    """-> whether all steps are done. Raises InputError."""
-    args, world = parse_args(argv), int(os.environ.get("WORLD_SIZE", 1))
-    check(args, world)
-    nouns = choose_nouns(args)
-    if needs_clip_of_scenes(args) and not train_clip_of_scenes(args, world):
-        return False
-    rank, world, device = start_processes(args.device)  # each works on its rows of every batch
-    if args.precision is None:
-        known = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
-        args.precision = "bf16" if known else "fp16"
-    if device.type == "cuda" and args.precision != "fp32":
-        torch.set_float32_matmul_precision("high")  # TF32 for what is not in half precision
-        torch.backends.cudnn.allow_tf32 = True
-
-    run = Run(args, device, rank, world)
-    model, config, start = run.model, run.model.config, run.step
-    eval_args = plan_evaluations(args, config)
-    parallel = wrap_model(model, args, world)
-    share = args.batch_size // world
-    rows = slice(rank * share, (rank + 1) * share)
-    generator = torch.Generator(device)
-    num_patches = (config.image_size // config.patch_size) ** 2
-    # The fused kernel for the CPU is made for long sequences; its backward pass in bf16 halves the speed of short ones.
-    torch.backends.cuda.enable_flash_sdp(device.type != "cpu" or num_patches >= 128)
-
-    log = None
-    if rank == 0:
-        log = open_log(run.path.parent, start if run.resumed else None)
-        introduce(run, world, device)
-    loader, watch = make_loader(run, rows, nouns, device), Watch(run, log)
-    if device.type == "cpu" and world == 1 and loader.num_workers:  # threads that fight the workers for cores cost a third
-        torch.set_num_threads(max(1, min(torch.get_num_threads(), (os.cpu_count() or 1) - loader.num_workers)))
-    model.train()
-    with Interruption() as interruption:
-        for picture, superpatch, text, met in raised(loader):
-            factor = lr_factor(run.step, args)
-            for group in run.optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * factor
-            extra = watch.extra(interruption.asked, met)
-            picture, superpatch, text, extra = (x.to(device, non_blocking=True) for x in (picture, superpatch, text, extra))
-            generator.manual_seed(args.seed * 1_000_003 + run.step)
-            noise = model.draw_noise(args.batch_size, num_patches, generator)
-            noise = {name: values[rows] for name, values in noise.items()}
-            batch = picture, superpatch, text
-            values, parts = take_step(parallel, run.optimizer, batch, noise, args, run.scaler, extra)
-            watch.add(values)
-
-            run.step += 1
-            last = run.step == args.steps
-            log_now = run.step % args.log_every == 0 or run.step == start + 1 or last
-            look = args.eval_every and (run.step % args.eval_every == 0 or last)
-            stop = watch.read(parts, all_steps=log_now or device.type == "cpu")
-            if log_now and rank == 0:
-                watch.write(parts, args.lr * factor, model.clip.logit_scale.exp().item())
-            watch.check_faults()
-            if stop:
-                break
-            if run.save_is_due() or look:
-                run.save()
-            if look:
-                paused = time.time()
-                evaluate_model(eval_args, model, run.tokenizer, rank, world, run.step)
-                watch.since += time.time() - paused
-        if run.saved_step != run.step:
-            run.save()
-    if rank == 0:
-        if run.faults:
-            print(watch.faults_so_far())
-        stopped = f"; stopped at step {run.step} of {args.steps}: --resume goes on" if run.step < args.steps else ""
-        idle = run.resumed and run.step == start
-        print(f"{run.path}: all {start} steps are done already" if idle and not stopped else f"wrote {run.path}{stopped}")
-    return run.step == args.steps
-
-
-def plan_evaluations(args, config):
-    """The flags of evaluate.py for --eval-every. Raises InputError for what is wrong with them, now and not in hours."""
-    eval_args = evaluate.parse_args([*shlex.split(args.evaluate), "--output", str(Path(args.output, "evaluation"))])
-    if args.eval_every:
-        if eval_args.classify:
-            raise InputError("--evaluate: --classify has no mIoU, by which the best model is kept")
-        evaluate.plan(eval_args, config)
-    return eval_args
-
-
-def wrap_model(model, args, world):
-    """The model, as it is to be called in training."""
-    if args.checkpoint_activations:
-        checkpoint_activations(model)
-    if args.compile:
-        model.compile()
-    return DistributedDataParallel(model) if world > 1 else model
-
-
-def open_log(output, resumed_step):
-    """OUTPUT/log.jsonl, for appending: a resumed run's up to its step, else empty. An earlier run is moved away."""
-    make_folder(output)
-    if resumed_step is None and any(output.glob("checkpoint*.pt")):
+    path = folder / "log.jsonl"
+    lines = []
+    if resumed_step is None and path.exists() and any(folder.glob("checkpoint*.pt")):
         n = 1
-        while Path(f"{output}.{n}").exists():
+        while Path(f"{folder}.{n}").exists():
             n += 1
-        os.rename(output, f"{output}.{n}")
-        print(f"{output} held another run, which is now in {output}.{n}", file=sys.stderr)
-        make_folder(output)
-    path = output / "log.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if resumed_step is not None and path.exists() else []
-    lines = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= resumed_step]
+        os.rename(folder, f"{folder}.{n}")
+        print(f"{folder} held another run, which is now in {folder}.{n}", file=sys.stderr)
+    elif resumed_step is None and any(folder.glob("checkpoint*.pt")):
+        raise InputError(f"{folder}: holds a checkpoint of something else; give another --output")
+    elif resumed_step is not None and path.exists():
+        for line in path.read_text(errors="replace").splitlines():
+            try:
+                if json.loads(line)["step"] <= resumed_step:
+                    lines.append(line + "\n")
+            except (ValueError, LookupError, TypeError):  # a line that was cut off
+                continue
+    folder.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(lines))
     return open(path, "a")
 
 
-def introduce(run, world, device):
-    """Print what is going to be trained, and how."""
-    args = run.args
-    trained = sum(p.numel() for group in run.optimizer.param_groups for p in group["params"])
-    total = sum(p.numel() for p in run.model.parameters())
-    for group in run.optimizer.param_groups:
-        count = sum(p.numel() for p in group["params"]) / 1e6
-        print(f"{count:8.2f} M parameters  lr {group['peak_lr']:.1e}  weight decay {group['weight_decay']}")
-    print(f"{(total - trained) / 1e6:8.2f} M parameters  frozen")
-    print(
-        f"{sum(run.lengths):,} pairs, {args.steps} steps of {args.batch_size}; a vocabulary of {run.tokenizer.vocab_size} tokens; "
-        f"{world} x {device.type}, {args.precision}",
-        flush=True,
-    )
-    known = [source.superpixels for source in run.sources if hasattr(source, "superpixels")]
-    if known and args.superpixel_weight:
-        there = sum(path.exists() for path in known)
-        config = run.model.config
+def introduce(state, sources, superpixel_weight):
+    """Prints what is trained, and how many sources have saved superpixels."""
+    total = sum(p.numel() for p in state.model.parameters())
+    for group in state.optimizer.param_groups:
+        count = sum(p.numel() for p in group["params"])
+        total -= count
+        rates = f"lr {group['peak_lr']:.1e}  weight decay {group['weight_decay']}"
+        print(f"{count / 1e6:8.2f} M parameters  {rates}")
+    print(f"{total / 1e6:8.2f} M parameters  frozen")
+    stores = [source.superpixels for source in sources if hasattr(source, "superpixels")]
+    if stores and superpixel_weight:
+        saved = sum(store.places is not None for store in stores)
+        config = state.model.config
         sizes = f"--image-size {config.image_size} --patch-size {config.patch_size}"
-        print(f"superpixels computed before for {there} of {len(known)} shards or lists (`data.py superpixels {sizes}`)")
-    if args.resume:
         print(
-            f"resumed {run.resumed} at step {run.step}" if run.resumed else f"{run.path}: nothing to resume; a new run begins"
+            f"{saved} of {len(stores)} shards or lists have superpixels; to compute them: "
+            f"python data.py superpixels {sizes} --data ..."
         )
 
 
-def evaluate_model(eval_args, model, tokenizer, rank, world, step):
-    """Score the model as it is now, print it, and keep it as best.pt if none before was better."""
-    model.eval()
-    metrics = evaluate.evaluate(eval_args, model, tokenizer, rank, world, {"step": step})
+def wrap_model(model, activations, compiled):
+    """The model as it is called in training: with activation checkpointing, compiled, in DDP."""
+    if activations:
+        checkpoint_activations(model)
+    if compiled:
+        model.compile()
+    return DistributedDataParallel(model) if dist.is_initialized() else model
+
+
+def choose_nouns(name):
+    """The words of --nouns. Raises InputError."""
+    if name in (None, "none"):
+        return ()
+    nouns = SCENE_WORDS if name == "synthetic" else read_lines(name)
+    if not nouns:
+        raise InputError(f"--nouns {name}: no noun in it; there should be one per line")
+    return tuple(nouns)
+
+
+def open_run(saved, resumed, open_data, method, init, config, sizes, vocabulary, image_encoder):
+    """-> model, tokenizer, sources of pairs: of a saved run, or new. Raises InputError.
+
+    saved, resumed: from last_checkpoint. open_data: Config -> sources. Others: see build_model.
+    """
+    if saved:
+        model = load_model(resumed)
+        return model, Tokenizer(saved["merges"]), open_data(model.config)
+    if init and init not in MODELS and not Path(init).is_file():
+        advice = f"there are {', '.join(MODELS)}"
+        if init == CLIP_OF_SCENES:
+            advice = "make it with `python train.py --method clip`, or give another --init"
+        raise InputError(f"--init {init}: does not exist; {advice}")
+    sources = None
+    if init is None:  # the vocabulary may be learned from the captions
+        sources = open_data(config)
+    if vocabulary == "learned" and sources:
+        tokenizer = learn_vocabulary(sources[0])
+    else:
+        checkpoint_file = init if init and Path(init).is_file() else None
+        named = vocabulary in ("openai", "learned")
+        tokenizer = load_tokenizer(checkpoint_file, None if named else vocabulary)
+    model = build_model(method, init, config, sizes, tokenizer.vocab_size, image_encoder)
+    return model, tokenizer, sources or open_data(model.config)  # crops of the weights' size
+
+
+@dataclass
+class State:
+    """What a checkpoint holds, so that a run can be resumed."""
+
+    model: torch.nn.Module
+    tokenizer: Tokenizer
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    pairs: list  # length of each source
+    flags: dict
+    step: int = 0
+    errors: Counter = field(default_factory=Counter)
+    saved_step: int | None = None
+
+    def save(self, folder, rank):
+        """Writes checkpoint.pt, unless it has this step already; on the first process."""
+        if rank or self.step == self.saved_step:
+            return
+        self.saved_step = self.step
+        save_checkpoint(
+            folder / "checkpoint.pt",
+            self.model,
+            rotate=True,
+            merges=self.tokenizer.merges,
+            optimizer=self.optimizer.state_dict(),
+            scaler=self.scaler.state_dict(),
+            pairs=self.pairs,
+            flags=self.flags,
+            step=self.step,
+            errors=dict(self.errors),
+        )
+
+    def restore(self, saved, path):
+        """Raises InputError if the data has changed, or processes find different checkpoints."""
+        if saved and saved["pairs"] != self.pairs:
+            before = sum(saved["pairs"])
+            raise InputError(f"{path}: was trained on {before} pairs, not {sum(self.pairs)}")
+        if saved:
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.scaler.load_state_dict(saved["scaler"])
+            self.step = saved["step"]
+            self.saved_step = self.step
+            self.errors = Counter(saved["errors"])
+        if dist.is_initialized():
+            device = next(self.model.parameters()).device
+            extremes = torch.tensor([self.step, -self.step], device=device)
+            dist.all_reduce(extremes, dist.ReduceOp.MAX)
+            if extremes.sum():
+                raise InputError(
+                    f"{path}: every process must find the same file; use a shared disk"
+                )
+
+
+def choose_precision(precision, device):
+    """--precision, or the best that the device has. Sets TF32 for what is not in half precision."""
+    if precision is None:
+        precision = "bf16"
+        if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+            precision = "fp16"
+    if device.type == "cuda" and precision != "fp32":
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.allow_tf32 = True
+    return precision
+
+
+def tune_cpu(num_workers, num_patches, world):
+    """Settings that change the speed on a CPU."""
+    # The fused attention is for long sequences: in bf16 its backward pass is slow for short ones.
+    torch.backends.cuda.enable_flash_sdp(num_patches >= 128)
+    if world == 1 and num_workers:
+        # Threads that compete with the workers for cores cost a third of the speed.
+        free = max(1, (os.cpu_count() or 1) - num_workers)
+        torch.set_num_threads(min(torch.get_num_threads(), free))
+
+
+def draw_noise(model, seed, step, batch_size, num_patches, rows, generator):
+    """The noise of a step, of these rows of the batch: a function of the seed and the step."""
+    generator.manual_seed(seed * 1_000_003 + step)
+    noise = model.draw_noise(batch_size, num_patches, generator)
+    return {name: values[rows] for name, values in noise.items()}
+
+
+def make_loader(pairs, sources, batches, workers):
+    """The batches of the steps that are left, prepared by worker processes.
+
+    Whole scenes are always the same: if they are seen more than once, all are prepared first.
+    """
+    scenes = all(isinstance(source, SyntheticScenes) for source in sources)
+    total = sum(batches.sizes)
+    again = total < batches.steps.stop * batches.batch_size and len(batches.steps) > 0
+    if scenes and again and pairs.crop_scale == 1 and not pairs.nouns:
+        if batches.rows.start == 0:  # the first process
+            print(f"preparing {total:,} scenes, before the first step", flush=True)
+        keys = [(i, i) for i in range(total)]
+        pairs = InMemory(list(parallel_map(pairs.__getitem__, keys, workers)))
+        workers = 0
+    return DataLoader(
+        pairs,
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=ignore_signals,
+    )
+
+
+class Scorer:
+    """Scores the model in training, and keeps the best one as best.pt."""
+
+    def __init__(self, name, root, config, folder):
+        self.dataset = evaluate.open_dataset(name, root, config.image_size)
+        self.protocol = evaluate.choose_protocol("segclip", self.dataset, config)
+        self.path = folder / "best.pt"
+
+    def __call__(self, model, tokenizer, step, rank, world):
+        model.eval()
+        words = evaluate.class_features(model, tokenizer, self.protocol)
+        segmenter = evaluate.Segmenter(model, *words, self.protocol)
+        metrics = evaluate.evaluate(segmenter, self.dataset, rank=rank, world=world)
+        model.train()
+        if metrics is None:  # not the first process
+            return
+        print(f"step {step}  mIoU {100 * metrics['mIoU']:.2f} %", flush=True)
+        best = read_weights(self.path)["metrics"]["mIoU"] if self.path.exists() else -1
+        if metrics["mIoU"] > best:
+            save_checkpoint(self.path, model, merges=tokenizer.merges, step=step, metrics=metrics)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    nouns = choose_nouns(args.nouns)
+    rank, world, device = evaluate.start_processes(args.device)
+    if args.batch_size % (world * args.accumulate):
+        parts = f"{world} processes x {args.accumulate} chunks"
+        raise InputError(f"--batch-size {args.batch_size}: cannot be split over {parts}")
+    precision = choose_precision(args.precision, device)
+    flags = vars(args) | {"precision": precision}
+    folder = Path(args.output)
+    saved, resumed = last_checkpoint(folder / "checkpoint.pt") if args.resume else (None, None)
+    if saved:
+        check_resumed(saved, flags, resumed)
+
+    torch.manual_seed(args.seed)
+    sizes = {name: getattr(args, name) for name in SIZES if getattr(args, name) is not None}
+    config = choose_sizes(args.recipe, args.method, sizes)
+    data = {"seed": args.seed, "workers": args.workers, "max_errors": args.max_errors}
+    open_data = functools.partial(open_pairs, args.data, rank=rank, world=world, **data)
+    new = (args.method, args.init, config, sizes, args.vocabulary, args.image_encoder)
+    model, tokenizer, sources = open_run(saved, resumed, open_data, *new)
+    config = model.to(device).config
+    if args.text_length and args.text_length > config.context_length:
+        raise InputError(f"--text-length {args.text_length}: more than {config.context_length}")
+    lengths = [len(source) for source in sources]
+    steps = args.steps
+    if steps is None:
+        steps = math.ceil(args.epochs * sum(lengths) / args.batch_size)
+
+    no_decoder = args.method == "segclip" and not args.reconstruction_weight
+    freeze(model, embeddings=args.freeze, reconstruction=no_decoder)
+    groups = parameter_groups(model, args.lr, args.clip_lr, args.weight_decay)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-6, fused=True)
+    # Without fp16 it scales by 1, and only skips steps whose gradients are not finite.
+    scaler = torch.amp.GradScaler(device.type, 2.0**16 if precision == "fp16" else 1.0)
+    state = State(model, tokenizer, optimizer, scaler, lengths, flags)
+    state.restore(saved, resumed)
+
+    pairs = TrainingPairs(
+        ConcatDataset(sources),
+        tokenizer,
+        config,
+        crop_scale=args.crop_scale,
+        seed=args.seed,
+        text_length=args.text_length,
+        rule=args.superpatch if args.superpixel_weight else None,
+        nouns=nouns,
+        templates=evaluate.TEMPLATES[7],
+    )
+    share = args.batch_size // world
+    rows = slice(rank * share, (rank + 1) * share)  # of each batch, this process's
+    left = range(state.step, steps)
+    batches = Batches(lengths, args.seed, args.batch_size, rows, left)
+    loader = make_loader(pairs, sources, batches, args.workers)
+    scorer = None
+    if args.eval_every:
+        scorer = Scorer(args.eval_dataset, args.eval_root, config, folder)
+    log = None
+    if rank == 0:
+        log = open_log(folder, saved and state.step)
+        introduce(state, sources, args.superpixel_weight)
+        print(
+            f"{sum(lengths):,} pairs, {steps} steps of {args.batch_size}; a vocabulary of "
+            f"{tokenizer.vocab_size} tokens; {world} x {device.type}, {precision}",
+            flush=True,
+        )
+        if args.resume:
+            print(f"resumed at step {state.step}" if saved else "nothing to resume: a new run")
+    num_patches = (config.image_size // config.patch_size) ** 2
+    if device.type == "cpu":
+        tune_cpu(loader.num_workers, num_patches, world)
+    parallel = wrap_model(model, args.checkpoint_activations, args.compile)
+    weights = args.reconstruction_weight, args.superpixel_weight
+    meter = Meter(state, steps, args.batch_size, weights)
+    generator = torch.Generator(device)
+    broken = False
     model.train()
-    if rank == 0 and metrics:
-        print(f"step {step}  mIoU {100 * metrics['mIoU']:.2f} % over {metrics['pictures']} pictures", flush=True)
-        path = Path(eval_args.output).with_name("best.pt")
-        if not path.exists() or metrics["mIoU"] > read_weights(path)["metrics"]["mIoU"]:
-            save_checkpoint(path, model, merges=tokenizer.merges, step=step, metrics=metrics)
+    with GracefulExit() as stop:
+        for image, superpatch, text, errors in loader:
+            factor = lr_factor(state.step, steps, args.warmup)
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * factor
+            extra = meter.extra(stop.asked, errors)
+            batch = [x.to(device, non_blocking=True) for x in (image, superpatch, text, extra)]
+            noise = draw_noise(
+                model, args.seed, state.step, args.batch_size, num_patches, rows, generator
+            )
+            values, names = take_step(
+                parallel, optimizer, batch, noise, weights, precision, scaler, args.accumulate
+            )
+            state.step += 1
+            last = state.step == steps
+            log_now = state.step % args.log_every == 0 or state.step == left.start + 1 or last
+            score_now = scorer and (state.step % args.eval_every == 0 or last)
+            save_now = state.step % args.save_every == 0 or score_now
+            read_now = log_now or save_now or device.type == "cpu"  # waits for the GPU
+            stopped = meter.add(values, names, read_now)
+            if log_now and rank == 0:
+                scale = model.clip.logit_scale.exp().item()
+                meter.log(log, names, state.step, lr=args.lr * factor, scale=scale)
+            broken = meter.too_many_errors(state.step, args.max_errors)
+            if stopped or broken:
+                break
+            if save_now:
+                state.save(folder, rank)
+            if score_now:
+                scorer(model, tokenizer, state.step, rank, world)
+                meter.restart(state.step)
+        state.save(folder, rank)
+    if broken:
+        advice = "repair the data or allow more, and --resume"
+        raise InputError(f"{meter.summary()}: more than --max-errors {args.max_errors}; {advice}")
+    if rank == 0:
+        if state.errors:
+            print(meter.summary())
+        if state.step < steps:
+            print(f"stopped at step {state.step} of {steps}: --resume continues")
+        print(f"{folder / 'checkpoint.pt'} has step {state.step}")
 
 
 if __name__ == "__main__":
-    run_program(main, if_interrupted="stopped before the first step")
+    evaluate.run_program(main, "stopped before the first step")

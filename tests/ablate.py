@@ -1,10 +1,11 @@
-"""The paper's ablations on synthetic scenes: what each part of the method does to the small default.
+"""The paper's ablations on synthetic scenes: what each part does to the small default.
 
 python tests/ablate.py          an hour and a half on two cores; stopped, the same command goes on
 
-Each row is `python train.py` with other flags, shorter than the default, scored by `python evaluate.py --analyse`; the seed
-decides the scenes, their order, the new weights and all noise. Runs lie in runs/ablation/STEPS/ROW/SEED, and are not done
-again: after a change of the code, give another --output.
+Each row is `python train.py` with other flags, shorter than the default, scored by `python
+evaluate.py --analyse`; the seed decides the scenes, their order, the new weights and all noise.
+Runs lie in runs/ablation/STEPS/ROW/SEED, and are not done again: after a change of the code, give
+another --output.
 """
 
 import argparse
@@ -24,28 +25,73 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import evaluate
 import train
+import analyse
 from data import SyntheticScenes, superpixels
 
 ROWS = {  # name: (what, flags of train.py or None, flags of evaluate.py, the paper's mIoU on VOC)
     "default": ("the default: both losses, 16 centers, no cross-attention", "", "", "52.60"),
-    "con": ("*Table 1*: contrastive loss alone", "--reconstruction-weight 0 --superpixel-weight 0", "", "47.95"),
+    "con": (
+        "*Table 1*: contrastive loss alone",
+        "--reconstruction-weight 0 --superpixel-weight 0",
+        "",
+        "47.95",
+    ),
     "con-rec": ("with reconstruction", "--superpixel-weight 0", "", "49.14"),
     "con-sup": ("with superpixels", "--reconstruction-weight 0", "", "48.49"),
-    "after-1": ("*Table 2*: group module after block 1 of 2", "--first-stage-layers 1", "", "43.75 (8 of 12)"),
+    "after-1": (
+        "*Table 2*: group module after block 1 of 2",
+        "--first-stage-layers 1",
+        "",
+        "43.75 (8 of 12)",
+    ),
     "after-0": ("before both blocks", "--first-stage-layers 0", "", "35.28 (6 of 12)"),
     "centers-4": ("4 centers", "--num-centers 4", "", "47.03 (6)"),
     "centers-8": ("8 centers", "--num-centers 8", "", "47.95 (8)"),
     "centers-32": ("32 centers", "--num-centers 32", "", "44.89 (10)"),
-    "cross-1": ("*Table 3*: 1 cross-attention layer", "--cross-layers 1", "", "47.63 (none: 44.44)"),
+    "cross-1": (
+        "*Table 3*: 1 cross-attention layer",
+        "--cross-layers 1",
+        "",
+        "47.63 (none: 44.44)",
+    ),
     "cross-2": ("2 layers", "--cross-layers 2", "", "47.95"),
-    "init": ("*Table 4*: from the weights of the CLIP below", "--init {clip} --first-stage-layers 2", "", "52.6 (without: 33.3)"),
-    "init-cross-2": ("from them, 2 cross-attention layers", "--init {clip} --first-stage-layers 2 --cross-layers 2", "", ""),
-    "init-after-1": ("from them, group module after block 1 of 2", "--init {clip} --first-stage-layers 1", "", ""),
-    "majority": ("*Not the paper's*: patches join the superpixel that most of them is", "--superpatch majority", "", ""),
-    "sup-1/L": ("superpixel loss divided by L, as in the authors' program", "--superpixel-weight 0.0625", "", ""),
-    "no-top-k": ("the default without the authors' choice of five words", None, "--checkpoint {default} --top-k 14", ""),
+    "init": (
+        "*Table 4*: from the weights of the CLIP below",
+        "--init {clip} --first-stage-layers 2",
+        "",
+        "52.6 (without: 33.3)",
+    ),
+    "init-cross-2": (
+        "from them, 2 cross-attention layers",
+        "--init {clip} --first-stage-layers 2 --cross-layers 2",
+        "",
+        "",
+    ),
+    "init-after-1": (
+        "from them, group module after block 1 of 2",
+        "--init {clip} --first-stage-layers 1",
+        "",
+        "",
+    ),
+    "majority": (
+        "*Not the paper's*: patches join the superpixel that most of them is",
+        "--superpatch majority",
+        "",
+        "",
+    ),
+    "sup-1/L": (
+        "superpixel loss divided by L, as in the authors' program",
+        "--superpixel-weight 0.0625",
+        "",
+        "",
+    ),
+    "no-top-k": (
+        "the default without the authors' choice of five words",
+        None,
+        "--checkpoint {default} --top-k 14",
+        "",
+    ),
     "nouns": ("the default, of the nouns that PACL has below", "--nouns synthetic", "", ""),
     "clip": ("*Without a group module*: the same encoder trained as CLIP", "--method clip", "", ""),
     "maskclip": ("read as MaskCLIP", None, "--checkpoint {clip} --readout maskclip", ""),
@@ -53,10 +99,22 @@ ROWS = {  # name: (what, flags of train.py or None, flags of evaluate.py, the pa
     "clearclip": ("read as ClearCLIP", None, "--checkpoint {clip} --readout clearclip", ""),
     "naclip": ("read as NACLIP", None, "--checkpoint {clip} --readout naclip", ""),
     "pacl": ("PACL on it", "--method pacl --init {clip}", "", ""),
-    "pacl-captions": ("PACL, of the captions alone", "--method pacl --init {clip} --nouns none", "", ""),
+    "pacl-captions": (
+        "PACL, of the captions alone",
+        "--method pacl --init {clip} --nouns none",
+        "",
+        "",
+    ),
 }
-FIRST = ("default", "clip")  # of which others need the checkpoint
-COLUMNS = ("mIoU", "names perfect", "purity", "named right", "patches", "captions")  # the last five: of --analyse
+FIRST = ("default", "clip")  # others need their checkpoints
+COLUMNS = (
+    "mIoU",
+    "names perfect",
+    "purity",
+    "named right",
+    "patches",
+    "captions",
+)  # the last five: of --analyse
 
 
 class SegmentedScenes(SyntheticScenes):
@@ -64,14 +122,16 @@ class SegmentedScenes(SyntheticScenes):
 
     def __init__(self, *args):
         super().__init__(*args)
-        self.samples = [self.segmented(i) for i in range(len(self))]
+        self.samples = {}
 
     def segmented(self, index):
         sample = super().__getitem__(index)
-        segments = superpixels(sample.picture, train.SMALL.image_size, train.SMALL.patch_size)
+        segments = superpixels(sample.image, train.SMALL.image_size, train.SMALL.patch_size)
         return sample._replace(segments=segments.astype("uint8"), label=None)
 
     def __getitem__(self, index):
+        if index not in self.samples:
+            self.samples[index] = self.segmented(index)
         return self.samples[index]
 
 
@@ -87,29 +147,43 @@ def start_worker():
 
 def run(job):
     """Train and score one row with one seed, unless that was done -> what to say of it."""
-    name, seed, steps, output = job
+    name, seed, steps, limit, output = job
     folder, start = output / name.replace("/", "-") / str(seed), time.time()
     _, flags, scoring, _ = ROWS[name]
-    if (folder / "metrics.json").exists():
+    if (folder / "analysis.json").exists():
         return f"{name}, seed {seed}: done before"
     train.open_pairs = lambda *args, seed, **options: open_scenes(seed)
     # A run that is stopped is begun again, and so must neither end early nor be scored.
-    train.Interruption = lambda: contextlib.nullcontext(argparse.Namespace(asked=False))
+    train.GracefulExit = lambda: contextlib.nullcontext(argparse.Namespace(asked=False))
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     others = {first: output / first / str(seed) / "checkpoint.pt" for first in FIRST}
-    with open(folder / "output.txt", "w") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+    with (
+        open(folder / "output.txt", "w") as log,
+        contextlib.redirect_stdout(log),
+        contextlib.redirect_stderr(log),
+    ):
         if flags is not None:
-            fixed = ["--steps", str(steps), "--seed", str(seed), "--output", str(folder), "--workers", "0"]
+            fixed = [
+                "--steps",
+                str(steps),
+                "--seed",
+                str(seed),
+                "--output",
+                str(folder),
+                "--workers",
+                "0",
+            ]
             train.main([*flags.format(**others).split(), *fixed])
-        fixed = ["--checkpoint", str(folder / "checkpoint.pt"), "--output", str(folder), "--analyse", "--workers", "0"]
-        evaluate.main([*fixed, *scoring.format(**others).split()])
+        fixed = ["--checkpoint", str(folder / "checkpoint.pt"), "--output", str(folder)]
+        fixed += ["--workers", "0", "--limit", str(limit)]
+        analyse.main([*fixed, *scoring.format(**others).split()])
     return f"{name}, seed {seed}: {100 * read(folder)['mIoU']:.2f} % in {time.time() - start:.0f} s"
 
 
 def read(folder):
     """The COLUMNS of a run: {column: fraction}."""
-    metrics = json.loads((folder / "metrics.json").read_text())
+    metrics = json.loads((folder / "analysis.json").read_text())
     return {"mIoU": metrics["mIoU"], **metrics["analysis"]}
 
 
@@ -125,7 +199,9 @@ def table(output, rows, seeds):
             if not values:  # too few pictures for captions
                 cells.append("-")
                 continue
-            spread = f" ± {statistics.stdev(values):.1f}" if column == "mIoU" and len(values) > 1 else ""
+            spread = (
+                f" ± {statistics.stdev(values):.1f}" if column == "mIoU" and len(values) > 1 else ""
+            )
             cells.append(f"{statistics.mean(values):.1f}{spread}")
         print(f"| {what} | {' | '.join(cells)} | {paper} |")
 
@@ -134,15 +210,33 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, default=600, help="of each run [%(default)s]")
     parser.add_argument("--seeds", type=int, default=3, help="how many [%(default)s]")
+    parser.add_argument("--limit", type=int, default=500, help="images scored [%(default)s]")
     parser.add_argument(
-        "--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help=f"some of: {', '.join(ROWS)}"
+        "--rows",
+        nargs="+",
+        choices=ROWS,
+        default=list(ROWS),
+        metavar="ROW",
+        help=f"some of: {', '.join(ROWS)}",
     )
-    parser.add_argument("--output", type=Path, default=Path("runs/ablation"), help="folder [%(default)s]")
+    parser.add_argument(
+        "--output", type=Path, default=Path("runs/ablation"), help="folder [%(default)s]"
+    )
     args = parser.parse_args()
     seeds, output = range(args.seeds), args.output / str(args.steps)
-    with multiprocessing.get_context("spawn").Pool(min(os.cpu_count(), 2 * args.seeds), start_worker) as pool:
-        for names in (FIRST, [name for name in args.rows if name not in FIRST]):
-            jobs = [(name, seed, args.steps, output) for seed in seeds for name in names]
+    with multiprocessing.get_context("spawn").Pool(
+        min(os.cpu_count(), 2 * args.seeds), start_worker
+    ) as pool:
+        needed = {
+            first
+            for name in args.rows
+            for first in FIRST
+            if first == name or f"{{{first}}}" in f"{ROWS[name]}"
+        }
+        for names in (needed, [name for name in args.rows if name not in needed]):
+            jobs = [
+                (name, seed, args.steps, args.limit, output) for seed in seeds for name in names
+            ]
             for line in pool.imap_unordered(run, jobs):
                 print(line, file=sys.stderr, flush=True)
     table(output, args.rows, seeds)

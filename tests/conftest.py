@@ -1,4 +1,4 @@
-"""What several test files need: the recorded outputs of other programs, small models, OpenAI's vocabulary."""
+"""What several test files need: recorded outputs of other programs, small models."""
 
 import argparse
 import hashlib
@@ -16,9 +16,10 @@ GOLDEN = Path(__file__).parent / "golden"
 
 
 def rebuild_weights(recipe):
-    """The weights that a recorded program ran on, from the seed and the list of parameters in its JSON file."""
-    recipe, weights = json.loads((GOLDEN / recipe).read_text()), {}
+    """The weights of a recorded program, from the seed and the parameters in its JSON file."""
+    recipe = json.loads((GOLDEN / recipe).read_text())
     random = np.random.RandomState(recipe["seed"])
+    weights = {}
     for name, shape, mean, std in recipe["params"]:
         weights[name] = np.float32(mean + std * np.float32(random.standard_normal(shape)))
     weights |= {name: np.float32(values) for name, values in recipe.get("overrides", {}).items()}
@@ -26,11 +27,12 @@ def rebuild_weights(recipe):
 
 
 def recorded(file):
-    return {name: torch.from_numpy(a) for name, a in np.load(GOLDEN / file).items() if a.dtype.kind != "U"}
+    arrays = np.load(GOLDEN / file).items()
+    return {name: torch.from_numpy(a) for name, a in arrays if a.dtype.kind != "U"}
 
 
 def assert_close(ours, theirs, name, tolerance=1e-4):
-    """Largest difference relative to the largest value; `pytest -s` shows it."""
+    """Largest difference relative to the largest value; `pytest -s` prints it."""
     assert ours.shape == theirs.shape
     difference = ((ours - theirs).abs().max() / theirs.abs().max()).item()
     print(f"{name:>50}: off by {difference:.1e}")
@@ -38,7 +40,7 @@ def assert_close(ours, theirs, name, tolerance=1e-4):
 
 
 def assert_one_line(error, *parts):
-    """The message of a caught InputError: one line, which names these."""
+    """The message of a caught InputError is one line, and contains these parts."""
     message = str(error.value)
     assert "\n" not in message
     for part in parts:
@@ -47,7 +49,7 @@ def assert_one_line(error, *parts):
 
 @pytest.fixture(scope="session")
 def vocabulary():
-    """The path of OpenAI's vocabulary, which the project does not contain: from the cache, or beside the checkout."""
+    """The path of OpenAI's vocabulary (not in the repository): in the cache, or in shared/."""
     sha256, file, url = clip_loader.DOWNLOADS[clip_loader.VOCABULARY]
     beside = Path(__file__).resolve().parents[2] / "shared" / "clip"
     for path in (clip_loader.cache_dir() / file, beside / file):
@@ -58,14 +60,14 @@ def vocabulary():
 
 @pytest.fixture(scope="session")
 def authors_checkpoint(tmp_path_factory):
-    """A file in the format of the authors' segclip.bin, with the weights of the recorded pipeline."""
+    """A file in the format of the authors' segclip.bin, with the recorded pipeline's weights."""
     path = tmp_path_factory.mktemp("authors") / "segclip.bin"
     torch.save(rebuild_weights("pipeline/recipe.json")[0], path)
     return path
 
 
 def recorder(args):
-    """A copy of parsed flags, and the set of those that have been read from it so far."""
+    """A copy of parsed flags, and the set of the flags that were read from it so far."""
     read = set()
 
     class Recorder(argparse.Namespace):
@@ -101,18 +103,28 @@ def tiny_clip():
 
 @pytest.fixture
 def dino_state():
-    """A DINO of the tiny CLIP's patches and another size, under the names of the published file; weights that all matter."""
-    generator, width, shapes = torch.Generator().manual_seed(1), 128, {}
-    shapes |= {"cls_token": (1, 1, width), "pos_embed": (1, 1 + 6 * 6, width), "patch_embed.proj.weight": (width, 3, 8, 8)}
-    shapes |= {"patch_embed.proj.bias": (width,)}
-    sizes = {"attn.qkv": (3 * width, width), "attn.proj": (width, width), "mlp.fc1": (4 * width, width)}
+    """Weights of a DINO with TINY's patch size and another width, named as the published ones."""
+    D = 128
+    block = {
+        "norm1": (D,),
+        "attn.qkv": (3 * D, D),
+        "attn.proj": (D, D),
+        "norm2": (D,),
+        "mlp.fc1": (4 * D, D),
+        "mlp.fc2": (D, 4 * D),
+    }
+    layers = {"patch_embed.proj": (D, 3, 8, 8), "norm": (D,)}
     for i in range(2):
-        shapes |= {f"blocks.{i}.norm{n}.{x}": (width,) for n in (1, 2) for x in ("weight", "bias")}
-        for name, (rows, columns) in (sizes | {"mlp.fc2": (width, 4 * width)}).items():
-            shapes |= {f"blocks.{i}.{name}.weight": (rows, columns), f"blocks.{i}.{name}.bias": (rows,)}
-    shapes |= {"norm.weight": (width,), "norm.bias": (width,)}
-    # Small patches beside small positions, so that LayerNorm's epsilon matters.
-    return {name: (0.002 if "embed" in name else 0.1) * torch.randn(x, generator=generator) for name, x in shapes.items()}
+        layers |= {f"blocks.{i}.{name}": shape for name, shape in block.items()}
+    shapes = {"cls_token": (1, 1, D), "pos_embed": (1, 1 + 6 * 6, D)}
+    for name, shape in layers.items():
+        shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+    generator = torch.Generator().manual_seed(1)
+    state = {name: 0.1 * torch.randn(x, generator=generator) for name, x in shapes.items()}
+    for name in shapes:
+        if "embed" in name:
+            state[name] /= 50  # patches and positions so small that LayerNorm's epsilon matters
+    return state
 
 
 @pytest.fixture
@@ -123,7 +135,7 @@ def tiny():
 
 @pytest.fixture
 def batch():
-    """Eight pictures and texts for the tiny model, and the noise of a training step."""
+    """Eight images and texts for the tiny model, and the noise of a training step."""
     generator = torch.Generator().manual_seed(0)
     image = torch.randn(8, 3, 32, 32, generator=generator)
     text = torch.randint(1, 599, (8, 12), generator=generator)

@@ -1,4 +1,4 @@
-"""With the same weights, our outputs are those of OpenAI's CLIP and of the SegCLIP authors' program."""
+"""With the same weights, outputs equal those of OpenAI's CLIP and the SegCLIP authors' program."""
 
 import json
 
@@ -21,7 +21,11 @@ def test_clip_outputs():
     with torch.no_grad():
         assert_close(clip.encode_image(golden["image"]), golden["image_features"], "image features")
         assert_close(clip.encode_text(golden["text_ids"]), golden["text_features"], "text features")
-        assert_close(clip.encode_patches(golden["image"]), golden["all_token_features"][:, 1:], "patch features")
+        assert_close(
+            clip.encode_patches(golden["image"]),
+            golden["all_token_features"][:, 1:],
+            "patch features",
+        )
         per_image, per_text = clip(golden["image"], golden["text_ids"])
         assert_close(per_image, golden["logits_per_image"], "logits per image")
         assert_close(per_text, golden["logits_per_image"].T, "logits per text")
@@ -51,7 +55,7 @@ def assert_evaluation_outputs(model, golden):
 
 
 def assert_losses_and_gradients(model, image, inputs, losses, grad_norms, renamed):
-    """Training mode, zero Gumbel noise. `inputs` holds text_ids, superpatch, and mask_noise with the class token's first."""
+    """In training, without Gumbel noise. The first of inputs["mask_noise"] is the class token's."""
     model.train().zero_grad()
     B, N, L = len(image), inputs["mask_noise"].shape[1] - 1, model.config.num_centers
     outputs = model(
@@ -61,24 +65,40 @@ def assert_losses_and_gradients(model, image, inputs, losses, grad_norms, rename
         mask_noise=inputs["mask_noise"][:, 1:],
         masked_gumbel_noise=torch.zeros(B, model.num_visible(N), L),
     )
-    con = contrastive_loss(outputs["image_features"], outputs["text_features"], outputs["logit_scale"])
-    sup = superpixel_kl_loss(outputs["assign"], inputs["superpatch"].flatten(1)) / L  # the authors' normalisation
+    con = contrastive_loss(
+        outputs["image_features"], outputs["text_features"], outputs["logit_scale"]
+    )
+    sup = (
+        superpixel_kl_loss(outputs["assign"], inputs["superpatch"].flatten(1)) / L
+    )  # the authors' normalisation
     rec = reconstruction_loss(outputs["pixels"], image, outputs["mask"])
     assert_close(con, torch.tensor(losses["contrastive"]), "contrastive loss")
-    # At 224 px the recorded value is 2.2e-4 off what float64 gives (0.0021767538), and ours 3e-8: rounding in theirs.
-    assert_close(sup, torch.tensor(losses["superpixel_kl_authors"]), "superpixel loss", 1e-4 if N == 16 else 3e-4)
+    # At 224 pixels the recorded value is 2.2e-4 off float64 (0.0021767538), and ours 3e-8.
+    assert_close(
+        sup,
+        torch.tensor(losses["superpixel_kl_authors"]),
+        "superpixel loss",
+        1e-4 if N == 16 else 3e-4,
+    )
     assert_close(rec, torch.tensor(losses["mae_masked_mse"]), "reconstruction loss")
     (con + sup + rec).backward()
-    ours = {name: 0.0 if p.grad is None else p.grad.norm().item() for name, p in model.named_parameters()}
+    ours = {
+        name: 0.0 if p.grad is None else p.grad.norm().item()
+        for name, p in model.named_parameters()
+    }
     assert len(grad_norms) == len(ours) == len(renamed)
-    worst = max(abs(ours[renamed[name]] - norm) / max(norm, 1e-9) for name, norm in grad_norms.items() if norm)
+    worst = max(
+        abs(ours[renamed[name]] - norm) / max(norm, 1e-9)
+        for name, norm in grad_norms.items()
+        if norm
+    )
     print(f"{'norm of any gradient':>50}: off by {worst:.1e}")
     for name, norm in grad_norms.items():
         assert ours[renamed[name]] == pytest.approx(norm, rel=1e-4), name
 
 
 def our_names(names):
-    """Which of our parameters each of the authors' names is: from the loader's own renaming, kept honest by the shapes."""
+    """Which of our parameters each of the authors' names is, by the loader's own renaming."""
     indices, _ = from_authors({name: i for i, name in enumerate(names)})
     names = list(names)
     return {names[i]: ours for ours, i in indices.items()}
@@ -92,17 +112,22 @@ def test_segclip_mini_outputs(mini):
 def test_segclip_mini_losses_and_gradients(mini):
     model, golden, recipe = mini
     renamed = our_names(recipe["grad_norms"])
-    assert_losses_and_gradients(model, golden["image"], golden, recipe["losses"], recipe["grad_norms"], renamed)
+    assert_losses_and_gradients(
+        model, golden["image"], golden, recipe["losses"], recipe["grad_norms"], renamed
+    )
 
 
 def test_segclip_at_full_size(authors_checkpoint):
     model, golden = load_segclip(authors_checkpoint), recorded("pipeline/eval_outputs.npz")
     assert_evaluation_outputs(model, golden)
-    inputs, losses = recorded("pipeline/train_inputs.npz"), json.loads((GOLDEN / "pipeline/train_losses.json").read_text())
+    inputs = recorded("pipeline/train_inputs.npz")
+    losses = json.loads((GOLDEN / "pipeline/train_losses.json").read_text())
     for segments, superpatch in zip(inputs["superpixels"].numpy(), inputs["superpatch"].numpy()):
         assert (patch_labels(segments, 16) == superpatch.ravel()).all()
     renamed = our_names(losses["grad_norms"])
-    assert_losses_and_gradients(model, golden["image"], inputs, losses, losses["grad_norms"], renamed)
+    assert_losses_and_gradients(
+        model, golden["image"], inputs, losses, losses["grad_norms"], renamed
+    )
 
 
 def test_tokenizer(vocabulary):
@@ -123,17 +148,21 @@ def test_opencv_resize():
 
 
 @pytest.mark.parametrize("threshold", ["0.75", "0.05"])
-def test_label_maps_and_metrics_of_the_whole_pipeline(threshold, vocabulary, authors_checkpoint, tmp_path):
+def test_label_maps_and_metrics_of_the_whole_pipeline(
+    threshold, vocabulary, authors_checkpoint, tmp_path
+):
     evaluate.main(
-        f"--dataset pascal_voc --data-root {GOLDEN}/pipeline/voc_like --checkpoint {authors_checkpoint} --device cpu "
-        f"--background-threshold {threshold} --vocabulary {vocabulary} --output {tmp_path}".split()
+        f"--dataset pascal_voc --data-root {GOLDEN}/pipeline/voc_like --device cpu "
+        f"--checkpoint {authors_checkpoint} --background {threshold} "
+        f"--vocabulary {vocabulary} --output {tmp_path}".split()
     )
     golden = np.load(GOLDEN / f"pipeline/predictions_thr{threshold}.npz")
     pixels = different = 0
     for name in golden:
         prediction = np.asarray(Image.open(tmp_path / f"predictions/{name}.png"))
         assert prediction.shape == golden[name].shape
-        pixels, different = pixels + prediction.size, different + (prediction != golden[name]).sum()
+        pixels += prediction.size
+        different += (prediction != golden[name]).sum()
     print(f"{f'label maps at threshold {threshold}':>50}: {different} of {pixels} pixels differ")
     assert different <= 1e-4 * pixels
     metrics = json.loads((tmp_path / "metrics.json").read_text())

@@ -1,0 +1,36 @@
+"""The programs of tests/ that the docs name run from start to end, on tiny sizes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_evaluate import save_tiny
+
+COMMANDS = {  # what of their output says that they came to the end
+    "benchmark.py evaluate --smoke": "s per image",
+    "benchmark.py train --smoke": "s per step",
+    "benchmark.py loader --smoke": "pairs/s",
+    "benchmark.py pacl --smoke": "times less memory",
+    "ablate.py --rows default --steps 2 --seeds 1 --limit 4 --output {folder}": "| 52.60 |",
+    "analyse.py --checkpoint {checkpoint} --limit 4": "regions per image",
+    "analyse.py --checkpoint {checkpoint} --limit 4 --coherence": "area under the ROC curve",
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_program(command, tmp_path):
+    checkpoint = save_tiny(tmp_path / "checkpoint.pt")
+    program, *flags = command.format(folder=tmp_path, checkpoint=checkpoint).split()
+    path = Path(__file__).with_name(program)
+    done = subprocess.run(
+        [sys.executable, path, *flags],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert COMMANDS[command] in done.stdout
