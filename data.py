@@ -1005,8 +1005,10 @@ class SegmentationFolder(LabelledImages):
         else:
             files = [str(path.relative_to(images)) for path in image_files(images)]
             self.names = [file.removesuffix(end) for file in files if file.endswith(end)]
+        if not self.names:
+            raise InputError(f"{root}: no image to label")
         self.paths = [images / f"{name}{end}" for name in self.names]
-        first = self.names[0] if self.names else "*"
+        first = self.names[0]
         maps = [Path(root, folder, f"{first}{suffix}") for folder, suffix, _ in benchmark.labels]
         folder, suffix, self.table = benchmark.labels[maps.index(find(*maps))]
         self.labels = [Path(root, folder, f"{name}{suffix}") for name in self.names]

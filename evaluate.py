@@ -192,8 +192,8 @@ SEGCLIP = {
     "top_k": 5,
     "background_threshold": 0.75,  # on VOC; the authors' code has 0.80
 }
-# For a model of 224 pixels: what holds for all data sets, and what differs on some. Each was
-# checked against the authors' configuration files. window 0 is the whole image at once.
+# Sizes are for a 224-pixel model. "" has the settings of all data sets, the other keys what differs
+# on one. Checked against the authors' configuration files. window=0: the whole image at once.
 PROTOCOLS = {
     "segclip": {
         "": SEGCLIP,
@@ -237,7 +237,7 @@ class Protocol:
     short_side: int  # inference resolution: the short side of the image
     window: int  # side of a window; 0: the whole image at once
     stride: int  # from one window to the next
-    top_k: int | None = None  # by regions: at most so many classes in a window
+    top_k: int | None = None  # by regions: at most this many classes in a window
     logit_scale: float | None = None  # by cosines: inverse temperature of the softmax over words
     background_threshold: float | None = None
     background_entropy: float | None = None  # in place of background_threshold (PACL)
@@ -273,6 +273,8 @@ def choose_protocol(name, dataset, config, classes=None, **changes):
         raise InputError(f"--stride {protocol.stride}: more than --window {protocol.window}")
     if protocol.scoring == "regions" and (protocol.logit_scale or protocol.area_threshold):
         raise InputError(f"--logit-scale, --area-threshold: --protocol {name} has none")
+    if protocol.area_threshold and not dataset.has_background:
+        raise InputError(f"--area-threshold: {dataset.name} has no background")
     return protocol
 
 
@@ -367,11 +369,6 @@ def pixel_regions(encoding, size, grid, patch, stride):
     return (row * grid[1] + column).expand(len(encoding.regions), -1, -1)
 
 
-def pixel_scores(scores, regions):
-    """Scores of regions [L, channels], the region of each pixel [h, w] -> [channels, h, w]."""
-    return scores[regions].permute(2, 0, 1)
-
-
 def window_scores(encoding, text, class_of_word, scale, protocol):
     """Scores of each window's regions -> [B, L, channels].
 
@@ -460,6 +457,7 @@ class Segmenter:
         self.protocol = protocol
         self.batch_size = batch_size  # windows that are encoded together
         self.bf16 = bf16
+        # The model's own; by cosines protocol.logit_scale takes its place.
         self.scale = model.clip.logit_scale.exp().clamp(max=100)
         self.patch = model.visual.patch_size
         self.stride = protocol.stride_trick or self.patch
@@ -530,7 +528,7 @@ class Segmenter:
                     maps = scores[i].T.unflatten(1, grid)[None]  # [1, channels, rows, columns]
                     canvas[place] += upsample(maps, size, self.patch, self.stride)[0]
                 else:
-                    canvas[place] += pixel_scores(scores[i], regions[i])
+                    canvas[place] += scores[i][regions[i]].permute(2, 0, 1)  # [channels, h, w]
                 count[place] += 1
                 region_map[place] = regions[i] + (i - first) * scores.shape[1]
             features = encoding.features[first : first + len(starts)]
@@ -567,9 +565,10 @@ def load_image(dataset, protocol, patch, index):
     return sample, resize_bilinear(sample.image, *size)
 
 
-def load_images(dataset, protocol, patch, indices, workers, show_progress=False):
+def load_images(segmenter, dataset, indices, workers, show_progress=False):
     """(sample, resized image) of these indices, read by worker processes."""
-    images = parallel_map(functools.partial(load_image, dataset, protocol, patch), indices, workers)
+    load = functools.partial(load_image, dataset, segmenter.protocol, segmenter.patch)
+    images = parallel_map(load, indices, workers)
     return progress(images, len(indices), "images") if show_progress else images
 
 
@@ -636,10 +635,8 @@ def evaluate(segmenter, dataset, output=None, limit=None, workers=2, rank=0, wor
     confusion = Confusion(len(names))
     labelled = 0
     examples = []
-    indices = range(rank, min(len(dataset), limit or len(dataset)), world)
-    images = load_images(
-        dataset, segmenter.protocol, segmenter.patch, indices, workers, show_progress=rank == 0
-    )
+    indices = range(len(dataset))[:limit][rank::world]
+    images = load_images(segmenter, dataset, indices, workers, show_progress=rank == 0)
     for sample, result in segmenter(images):
         if output:
             save_label(output / "predictions" / f"{sample.name}.png", result.label, colours)
@@ -692,10 +689,8 @@ def classify(segmenter, dataset, limit=None, workers=2, rank=0, world=1):
     """Zero-shot classification of a ClassFolder -> metrics on process 0."""
     num_classes = len(dataset.words)
     counts = np.zeros((3, num_classes), np.int64)  # images of a class, top-1 correct, top-5 correct
-    indices = range(rank, min(len(dataset), limit or len(dataset)), world)
-    images = iter(
-        load_images(dataset, segmenter.protocol, segmenter.patch, indices, workers, rank == 0)
-    )
+    indices = range(len(dataset))[:limit][rank::world]
+    images = iter(load_images(segmenter, dataset, indices, workers, show_progress=rank == 0))
     while batch := list(itertools.islice(images, segmenter.batch_size)):
         samples, crops = zip(*batch)
         image = torch.as_tensor(np.stack(crops), device=segmenter.text.device)
@@ -827,7 +822,7 @@ def save_label(path, label, colours):
 
 def show_image(segmenter, dataset, output, with_heat):
     """Writes overlay, labels and regions of a data set's one image; prints the classes' shares."""
-    images = load_images(dataset, segmenter.protocol, segmenter.patch, [0], workers=0)
+    images = load_images(segmenter, dataset, [0], workers=0)
     ((sample, result),) = segmenter(images)
     words = class_names(dataset, segmenter.protocol)
     colours = palette(len(words))
@@ -922,8 +917,7 @@ def run_program(main, if_interrupted):
     except KeyboardInterrupt:
         complaint = if_interrupted
     except (InputError, OSError) as error:
-        # A worker process's exception has the worker's traceback as its message, its own in the
-        # last line.
+        # The message of a worker's exception is its whole traceback; the last line is the error.
         lines = (str(error).strip() or type(error).__name__).splitlines()
         complaint = lines[-1].removeprefix("model.InputError: ")
     except Exception:
@@ -936,8 +930,8 @@ def run_program(main, if_interrupted):
         complaint = f"{Path(sys.argv[0]).name}: {complaint}"
     if not dist.is_initialized():
         sys.exit(complaint)
-    # One of several processes leaves at once: gloo's threads end while they hold Python's lock, and
-    # a thread that still owns one of our tensors waits for it for ever (torch 2.4 to 2.13).
+    # Several processes skip Python's cleanup: gloo's threads can deadlock there on the GIL (torch
+    # 2.4 to 2.13).
     if complaint:
         print(complaint, file=sys.stderr)
     else:
@@ -955,8 +949,18 @@ DATASETS = [*SCENES, *sorted(BENCHMARKS)]
 RUNS = {"segclip": "runs/synthetic", "clip": "runs/clip", "pacl": "runs/pacl"}  # of train.py
 DEFAULT_CHECKPOINT = f"{RUNS['segclip']}/checkpoint.pt"
 # Fields of Protocol that are flags, too.
-CHANGES = ("templates", "short_side", "window", "stride", "top_k", "logit_scale", "area_threshold")
-CHANGES = (*CHANGES, "background_entropy", "stride_trick", "refine")
+PROTOCOL_FLAGS = (
+    "templates",
+    "short_side",
+    "window",
+    "stride",
+    "stride_trick",
+    "refine",
+    "top_k",
+    "logit_scale",
+    "area_threshold",
+    "background_entropy",
+)
 
 
 def add_arguments(parser):
@@ -999,14 +1003,14 @@ def add_arguments(parser):
     add("--stride", type=number(int, 1), metavar="PIXELS", help="from one window to the next")
     add("--stride-trick", type=number(int, 1), metavar="PIXELS",
         help="from one patch to the next: less than the patch size for finer maps [patch size]")
-    add("--refine", choices=("pamr",), help="move borders to those of colours, by PAMR [no]")
-    add("--top-k", type=number(int, 1), metavar="K", help="segclip: most classes in a window [5]")
+    add("--refine", choices=("pamr",), help="align borders with color edges by PAMR [no]")
+    add("--top-k", type=number(int, 1), metavar="K", help="segclip: most classes per window [5]")
     add("--logit-scale", type=number(float, 0), metavar="S",
         help="inverse temperature of the softmax over words; segclip has the model's")
     add("--area-threshold", type=number(float, 0, 1), metavar="SHARE",
         help="leave out classes with less of the foreground; not segclip [sclip on VOC: 0.1]")
     add("--background", type=number(float, 0, 1), nargs="?", const=-1.0, metavar="T",
-        help="your own images have a background: where no word reaches T; T for a data set")
+        help="own images: add a background class, where no word scores T; data sets: change T")
     add("--background-entropy", type=number(float, 0), metavar="T",
         help="instead: where the entropy of the softmax over the words exceeds T; PACL: 1.5 on VOC")
     add = parser.add_argument_group("the result").add_argument
@@ -1032,14 +1036,15 @@ def parse_args(argv=None, parser=None):
         parser.error("--data-root needs --dataset; --images is for images of your own")
     if (args.image or args.images) and not args.words:
         parser.error('--image and --images need --words "cat, grass, sky" or --words FILE')
+    if args.image and os.path.isdir(args.image):
+        parser.error("--image is one file; a folder is --images")
     if args.heat and not args.image or args.labels_dir and not args.images:
         parser.error("--heat is for --image, --labels-dir for --images")
     if args.background is not None and args.background_entropy is not None:
         parser.error("--background-entropy: it is this or --background")
     if args.classify:
-        unused = [x for x in (*CHANGES, "background") if x not in ("templates", "stride_trick")]
-        for name in unused:
-            if getattr(args, name) is not None:
+        for name in (*PROTOCOL_FLAGS, "background"):
+            if name not in ("templates", "stride_trick") and getattr(args, name) is not None:
                 parser.error(f"--classify has no --{name.replace('_', '-')}")
         if args.protocol != "segclip":
             parser.error("--classify has no --protocol")
@@ -1054,7 +1059,7 @@ def open_dataset(name, root, image_size):
 
 
 def warn_of_unknown_words(tokenizer, classes):
-    """A vocabulary learned from captions has one token for each word that is frequent in them."""
+    """Names the words that a vocabulary learned from captions splits into several tokens."""
     words = [word for synonyms in classes for word in synonyms]
     rare = [w for w in words if any(len(tokenizer.pieces(part)) > 1 for part in tokenizer.words(w))]
     if rare and tokenizer.vocab_size < Config.vocab_size:
@@ -1099,21 +1104,22 @@ def open_segmenter(args, device):
     else:
         dataset = open_dataset(args.dataset, args.data_root, config.image_size)
         if has_background and not dataset.has_background:
-            raise InputError(f"--background: {args.dataset} has no background")
+            raise InputError(f"--background(-entropy): {args.dataset} has no background")
     if classes and len(classes) != len(dataset.words):
         counts = f"{len(classes)} classes, but {dataset.name} has {len(dataset.words)}"
         raise InputError(f"--words {args.words}: {counts}")
     if not len(dataset):
         raise InputError(f"{args.images or args.data_root}: no image to label")
 
-    changes = {name: getattr(args, name) for name in CHANGES}
+    changes = {name: getattr(args, name) for name in PROTOCOL_FLAGS}
     if args.background is not None and args.background >= 0:
         changes["background_threshold"] = args.background
     name = "classify" if args.classify else args.protocol
     protocol = choose_protocol(name, dataset, config, classes, **changes)
-    words = class_features(model, tokenizer, protocol)
+    text, class_of_word = class_features(model, tokenizer, protocol)
     bf16 = args.precision == "bf16"
-    return Segmenter(model, *words, protocol, args.batch_size, bf16), tokenizer, dataset
+    segmenter = Segmenter(model, text, class_of_word, protocol, args.batch_size, bf16)
+    return segmenter, tokenizer, dataset
 
 
 def output_folder(args):

@@ -62,10 +62,9 @@ from model import CLIP, PACL, Block, Config, DenseCLIP, InputError, SegCLIP
 # --------------------------------------------------------------------------------------------------
 # Recipes: the defaults of the flags, by --recipe and --method
 
-# The embedded default, for scenes. It leaves out the blocks after the group module and the
-# cross-attention. Its weights start as PyTorch has them (init_weights), and its centers larger than
-# the paper's, with a tau of 3 for an assignment that has a gradient all the same. docs/results.md
-# has what each of these is worth.
+# The default, for scenes: no cross-attention and no blocks after the group module. Linear layers
+# have PyTorch's initialization (linear_std=0, see init_weights). The centers start larger than the
+# paper's; a higher tau keeps the gradient of the assignment. docs/results.md has the ablations.
 SMALL = Config(
     image_size=64,
     patch_size=8,
@@ -147,7 +146,7 @@ FROZEN = (
     "clip.token_embedding.",
     "clip.positional_embedding",
 )
-# Flags that may change on resume: they change no number but by rounding (--device: also the noise).
+# Flags that may change on resume: results differ by rounding at most (--device: also the noise).
 RESUME_MAY_CHANGE = {"output", "resume", "save_every", "log_every", "device", "workers", "compile"}
 RESUME_MAY_CHANGE |= {"eval_every", "eval_dataset", "eval_root", "max_errors"}
 RESUME_MAY_CHANGE |= {"accumulate", "checkpoint_activations"}
@@ -163,8 +162,10 @@ def add_arguments(parser):
     add("--resume", action="store_true", help="continue from the last checkpoint in DIR, if any")
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, metavar="N",
         help="of the order, the new weights and all noise [%(default)s]")
-    add("--save-every", type=number(int, 1), metavar="STEPS", help="[%(default)s]")
-    add("--log-every", type=number(int, 1), default=20, metavar="STEPS", help="[%(default)s]")
+    add("--save-every", type=number(int, 1), metavar="STEPS",
+        help="steps between checkpoints [%(default)s]")
+    add("--log-every", type=number(int, 1), default=20, metavar="STEPS",
+        help="steps between log lines; several GPUs see Ctrl-C only then [%(default)s]")
     add("--eval-every", type=number(int, 0), default=0, metavar="STEPS",
         help="score the model in training and keep the best as best.pt; 0: never")
     add("--eval-dataset", choices=evaluate.DATASETS, default="synthetic", metavar="NAME",
@@ -266,8 +267,7 @@ def check(args, error):
         error(f"--eval-dataset {args.eval_dataset} needs --eval-root, the folder that holds it")
     if args.method == "pacl" and args.accumulate > 1:
         error("--accumulate: the loss of --method pacl works in chunks already")
-    of_segclip = ("first_stage_layers", *ADDED, "clip_lr")
-    of_segclip = (*of_segclip, "reconstruction_weight", "superpixel_weight")
+    of_segclip = ("first_stage_layers", *ADDED, *CONTRASTIVE)
     of_pacl = ("patch_scale", "image_encoder")
     unused = {
         "segclip": of_pacl,
@@ -284,9 +284,9 @@ def check_resumed(saved, flags, path):
     if not {"model", "merges", "optimizer", "scaler", "step", "pairs", "flags"} <= saved.keys():
         raise InputError(f"{path}: not a checkpoint of train.py that could be resumed")
     for name, value in flags.items():
-        if name not in RESUME_MAY_CHANGE and saved["flags"].get(name) != value:
+        before = saved["flags"].get(name)
+        if before != value and name not in RESUME_MAY_CHANGE:
             flag = name.replace("_", "-")
-            before = saved["flags"].get(name)
             raise InputError(f"{path}: was trained with --{flag} {before}, not {value}")
 
 
@@ -433,7 +433,7 @@ def compute_gradients(parallel, batch, noise, weights, precision, scaler, extra,
                 outputs = parallel(image, text, **parts_of_noise[k], reconstruct=weights[0] > 0)
             if chunks == 1:
                 loss, parts = total_loss(outputs, image, superpatch, *weights)
-            else:  # a number whose gradient is that of the contrastive loss of the whole batch
+            else:  # surrogate with the gradient of the whole batch's contrastive loss
                 inner = (outputs["image_features"] * g_image[k]).sum()
                 inner = inner + (outputs["text_features"] * g_text[k]).sum()
                 inner = inner + outputs["logit_scale"] * g_scale / chunks
@@ -545,6 +545,7 @@ class Meter:
         self.unread.append(values)
         if not wait:
             return False
+        # Losses (compute_gradients), what extra() made, the norm (take_step).
         names = [*names, "stop", *SampleError.KINDS, "grad"]
         stop = False
         for numbers in torch.stack(self.unread).tolist():
@@ -558,22 +559,20 @@ class Meter:
                 self.skipped += 1
         self.unread = []
         if self.skipped >= 10:
-            raise InputError(
-                f"{self.skipped} gradients in a row are not finite; try a lower --lr and --resume"
-            )
+            raise InputError(f"{self.skipped} gradients in a row are not finite; try a lower --lr")
         return stop
 
-    def log(self, file, names, step, **line):
-        """Appends a line to log.jsonl, and prints it: means since the last one, and `line`."""
-        if not self.recent:
+    def log(self, file, names, step, **others):
+        """Appends a line to log.jsonl, and prints it: means since the last one, and `others`."""
+        rows = self.recent
+        self.recent = []
+        if file is None or not rows:  # file is the first process's
             return
-        means = {}
-        for name in (*names, "grad"):
-            means[name] = sum(row[name] for row in self.recent) / len(self.recent)
+        means = {name: sum(row[name] for row in rows) / len(rows) for name in (*names, "grad")}
         loss = sum(self.weights[name] * means[name] for name in names)
         steps_per_second = (step - self.since_step) / (time.time() - self.since)
         rate = steps_per_second * self.batch_size
-        line = {"step": step, **means, "loss": loss, **line, "pairs_per_second": rate}
+        line = {"step": step, **means, "loss": loss, **others, "pairs_per_second": rate}
         line["errors"] = self.errors.total()
         file.write(json.dumps(line) + "\n")
         file.flush()
@@ -584,7 +583,6 @@ class Meter:
             f"lr {line['lr']:.0e}  {rate:.0f} pairs/s  ETA {eta}",
             flush=True,
         )
-        self.recent = []
         self.restart(step)
 
     def too_many_errors(self, step, share):
@@ -664,16 +662,13 @@ def choose_nouns(name):
     return tuple(nouns)
 
 
-def open_run(saved, resumed, open_data, method, init, config, sizes, vocabulary, image_encoder):
-    """-> model, tokenizer, sources of pairs: of a saved run, or new. Raises InputError.
+def open_new_run(open_data, method, init, config, sizes, vocabulary, image_encoder):
+    """-> model, tokenizer, sources of pairs. Raises InputError.
 
-    saved, resumed: from last_checkpoint. open_data: Config -> sources. Others: see build_model.
+    open_data: Config -> sources. Others: see build_model.
     """
-    if saved:
-        model = load_model(resumed)
-        return model, Tokenizer(saved["merges"]), open_data(model.config)
     if init and init not in MODELS and not Path(init).is_file():
-        advice = f"there are {', '.join(MODELS)}"
+        advice = f"it takes a file or one of {', '.join(MODELS)}"
         if init == CLIP_OF_SCENES:
             advice = "make it with `python train.py --method clip`, or give another --init"
         raise InputError(f"--init {init}: does not exist; {advice}")
@@ -683,7 +678,7 @@ def open_run(saved, resumed, open_data, method, init, config, sizes, vocabulary,
     if vocabulary == "learned" and sources:
         tokenizer = learn_vocabulary(sources[0])
     else:
-        checkpoint_file = init if init and Path(init).is_file() else None
+        checkpoint_file = None if init in MODELS else init
         named = vocabulary in ("openai", "learned")
         tokenizer = load_tokenizer(checkpoint_file, None if named else vocabulary)
     model = build_model(method, init, config, sizes, tokenizer.vocab_size, image_encoder)
@@ -698,7 +693,7 @@ class State:
     tokenizer: Tokenizer
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    pairs: list  # length of each source
+    lengths: list  # of the sources
     flags: dict
     step: int = 0
     errors: Counter = field(default_factory=Counter)
@@ -716,7 +711,7 @@ class State:
             merges=self.tokenizer.merges,
             optimizer=self.optimizer.state_dict(),
             scaler=self.scaler.state_dict(),
-            pairs=self.pairs,
+            pairs=self.lengths,
             flags=self.flags,
             step=self.step,
             errors=dict(self.errors),
@@ -724,9 +719,9 @@ class State:
 
     def restore(self, saved, path):
         """Raises InputError if the data has changed, or processes find different checkpoints."""
-        if saved and saved["pairs"] != self.pairs:
+        if saved and saved["pairs"] != self.lengths:
             before = sum(saved["pairs"])
-            raise InputError(f"{path}: was trained on {before} pairs, not {sum(self.pairs)}")
+            raise InputError(f"{path}: was trained on {before} pairs, not {sum(self.lengths)}")
         if saved:
             self.optimizer.load_state_dict(saved["optimizer"])
             self.scaler.load_state_dict(saved["scaler"])
@@ -775,11 +770,11 @@ def draw_noise(model, seed, step, batch_size, num_patches, rows, generator):
 def make_loader(pairs, sources, batches, workers):
     """The batches of the steps that are left, prepared by worker processes.
 
-    Whole scenes are always the same: if they are seen more than once, all are prepared first.
+    Scenes without crops are the same in each epoch: for more than one, all are prepared first.
     """
     scenes = all(isinstance(source, SyntheticScenes) for source in sources)
     total = sum(batches.sizes)
-    again = total < batches.steps.stop * batches.batch_size and len(batches.steps) > 0
+    again = total < len(batches.steps) * batches.batch_size
     if scenes and again and pairs.crop_scale == 1 and not pairs.nouns:
         if batches.rows.start == 0:  # the first process
             print(f"preparing {total:,} scenes, before the first step", flush=True)
@@ -799,22 +794,26 @@ def make_loader(pairs, sources, batches, workers):
 class Scorer:
     """Scores the model in training, and keeps the best one as best.pt."""
 
-    def __init__(self, name, root, config, folder):
+    def __init__(self, name, root, config, folder, workers):
+        self.workers = workers
         self.dataset = evaluate.open_dataset(name, root, config.image_size)
         self.protocol = evaluate.choose_protocol("segclip", self.dataset, config)
         self.path = folder / "best.pt"
 
     def __call__(self, model, tokenizer, step, rank, world):
         model.eval()
-        words = evaluate.class_features(model, tokenizer, self.protocol)
-        segmenter = evaluate.Segmenter(model, *words, self.protocol)
-        metrics = evaluate.evaluate(segmenter, self.dataset, rank=rank, world=world)
+        text, class_of_word = evaluate.class_features(model, tokenizer, self.protocol)
+        segmenter = evaluate.Segmenter(model, text, class_of_word, self.protocol)
+        metrics = evaluate.evaluate(
+            segmenter, self.dataset, workers=self.workers, rank=rank, world=world
+        )
         model.train()
         if metrics is None:  # not the first process
             return
         print(f"step {step}  mIoU {100 * metrics['mIoU']:.2f} %", flush=True)
-        best = read_weights(self.path)["metrics"]["mIoU"] if self.path.exists() else -1
-        if metrics["mIoU"] > best:
+        metrics["dataset"] = self.dataset.name
+        best = read_weights(self.path)["metrics"] if self.path.exists() else {}
+        if best.get("dataset") != self.dataset.name or metrics["mIoU"] > best["mIoU"]:
             save_checkpoint(self.path, model, merges=tokenizer.merges, step=step, metrics=metrics)
 
 
@@ -835,11 +834,25 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     sizes = {name: getattr(args, name) for name in SIZES if getattr(args, name) is not None}
     config = choose_sizes(args.recipe, args.method, sizes)
-    data = {"seed": args.seed, "workers": args.workers, "max_errors": args.max_errors}
-    open_data = functools.partial(open_pairs, args.data, rank=rank, world=world, **data)
-    new = (args.method, args.init, config, sizes, args.vocabulary, args.image_encoder)
-    model, tokenizer, sources = open_run(saved, resumed, open_data, *new)
-    config = model.to(device).config
+    open_data = functools.partial(
+        open_pairs,
+        args.data,
+        seed=args.seed,
+        workers=args.workers,
+        max_errors=args.max_errors,
+        rank=rank,
+        world=world,
+    )
+    if saved:
+        model = load_model(resumed)
+        tokenizer = Tokenizer(saved["merges"])
+        sources = open_data(model.config)
+    else:
+        model, tokenizer, sources = open_new_run(
+            open_data, args.method, args.init, config, sizes, args.vocabulary, args.image_encoder
+        )
+    model.to(device)
+    config = model.config
     if args.text_length and args.text_length > config.context_length:
         raise InputError(f"--text-length {args.text_length}: more than {config.context_length}")
     lengths = [len(source) for source in sources]
@@ -874,10 +887,10 @@ def main(argv=None):
     loader = make_loader(pairs, sources, batches, args.workers)
     scorer = None
     if args.eval_every:
-        scorer = Scorer(args.eval_dataset, args.eval_root, config, folder)
+        scorer = Scorer(args.eval_dataset, args.eval_root, config, folder, args.workers)
     log = None
     if rank == 0:
-        log = open_log(folder, saved and state.step)
+        log = open_log(folder, state.step if saved else None)
         introduce(state, sources, args.superpixel_weight)
         print(
             f"{sum(lengths):,} pairs, {steps} steps of {args.batch_size}; a vocabulary of "
@@ -914,8 +927,9 @@ def main(argv=None):
             score_now = scorer and (state.step % args.eval_every == 0 or last)
             save_now = state.step % args.save_every == 0 or score_now
             read_now = log_now or save_now or device.type == "cpu"  # waits for the GPU
+            read_now = read_now or (stop.asked and world == 1)
             stopped = meter.add(values, names, read_now)
-            if log_now and rank == 0:
+            if log_now:
                 scale = model.clip.logit_scale.exp().item()
                 meter.log(log, names, state.step, lr=args.lr * factor, scale=scale)
             broken = meter.too_many_errors(state.step, args.max_errors)
@@ -928,7 +942,7 @@ def main(argv=None):
                 meter.restart(state.step)
         state.save(folder, rank)
     if broken:
-        advice = "repair the data or allow more, and --resume"
+        advice = "repair the data and start again, or allow more and --resume"
         raise InputError(f"{meter.summary()}: more than --max-errors {args.max_errors}; {advice}")
     if rank == 0:
         if state.errors:
@@ -939,4 +953,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    evaluate.run_program(main, "stopped before the first step")
+    evaluate.run_program(main, "stopped")

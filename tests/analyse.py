@@ -1,7 +1,7 @@
 """Why a score is what it is, on images with label maps. The flags are those of evaluate.py, and:
 
 python tests/analyse.py                 oracles: the score if one part of the model were perfect
-python tests/analyse.py --coherence     does the cosine of two patch tokens tell their class? (PACL)
+python tests/analyse.py --coherence     are patch tokens of one class more similar? (PACL, Fig. 3)
 python tests/analyse.py --compare       a table of CLIP, its read-outs, PACL and SegCLIP
 """
 
@@ -137,20 +137,20 @@ def run_oracles(segmenter, tokenizer, dataset, limit, workers):
     names = evaluate.class_names(dataset, segmenter.protocol)
     confusion = Confusion(len(names))
     oracles = Oracles(len(names), segmenter, tokenizer)
-    indices = range(min(len(dataset), limit or len(dataset)))
-    images = evaluate.load_images(
-        dataset, segmenter.protocol, segmenter.patch, indices, workers, True
-    )
+    indices = range(len(dataset))[:limit]
+    images = evaluate.load_images(segmenter, dataset, indices, workers, show_progress=True)
     for sample, result in segmenter(images):
         if sample.label is not None:
             confusion.add(result.label, sample.label)
             oracles.add(sample, result)
+    if not oracles.regions:
+        raise InputError("no image has a label map")
     return confusion.summary() | {"analysis": oracles.summary()}
 
 
 # --------------------------------------------------------------------------------------------------
-# Semantic coherence: does the cosine of two patch tokens tell whether they show the same class?
-# (PACL, Figure 3)
+# Semantic coherence: ROC of the cosine of two patch tokens as a test for the same class (PACL,
+# Figure 3)
 
 PAIRS = 1000  # of patches of each image, and as many with those of another one
 
@@ -305,9 +305,7 @@ def main(argv=None):
     output.mkdir(parents=True, exist_ok=True)
     if args.coherence:
         order = np.random.RandomState(0).permutation(len(dataset))[: args.limit].tolist()
-        images = evaluate.load_images(
-            dataset, segmenter.protocol, segmenter.patch, order, args.workers
-        )
+        images = evaluate.load_images(segmenter, dataset, order, args.workers)
         result = coherence(segmenter, images, output / "roc.png")
         print(f"{result['pairs']} pairs of patches")
         for kind, area in result["area"].items():

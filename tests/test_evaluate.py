@@ -33,7 +33,6 @@ from evaluate import (
     load_image,
     pamr,
     pixel_regions,
-    pixel_scores,
     region_scores,
     upsample,
     window_starts,
@@ -91,7 +90,6 @@ def test_pixels_of_regions_and_patches_by_hand():
     regions = pixel_regions(encoding, (4, 4), (2, 2), 2, 2)
     assert regions.tolist() == [[[0, 0, 1, 1]] * 2 + [[2, 2, 3, 3]] * 2]
     scores = torch.tensor([[0.0, 4.0], [1.0, 4.0], [0.0, 4.0], [1.0, 4.0]])  # [L, channels]
-    assert pixel_scores(scores, regions[0]).tolist() == [[[0, 0, 1, 1]] * 4, [[4] * 4] * 4]
     between = upsample(scores.T.view(1, 2, 2, 2), (4, 4), 2, 2)[0]
     assert between.tolist() == [[[0, 0.25, 0.75, 1]] * 4, [[4] * 4] * 4]
 
