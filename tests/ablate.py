@@ -56,6 +56,16 @@ ROWS = {  # name: (what, flags of train.py or None, flags of evaluate.py, the pa
         "47.63 (none: 44.44)",
     ),
     "cross-2": ("2 layers", "--cross-layers 2", "", "47.95"),
+    "start": ("*The authors' start and temperature*: no cross-attention", "{start}", "", ""),
+    "start-cross-1": ("1 cross-attention layer", "{start} --cross-layers 1", "", ""),
+    "start-cross-2": ("2 layers", "{start} --cross-layers 2", "", ""),
+    "start-after-1": (
+        "group module after block 1 of 2",
+        "{start} --first-stage-layers 1",
+        "",
+        "",
+    ),
+    "start-after-0": ("before both blocks", "{start} --first-stage-layers 0", "", ""),
     "init": (
         "*Table 4*: from the weights of the CLIP below",
         "--init {clip} --first-stage-layers 2",
@@ -106,6 +116,7 @@ ROWS = {  # name: (what, flags of train.py or None, flags of evaluate.py, the pa
         "",
     ),
 }
+START = "--linear-std 0.02 --center-std 0.02 --gumbel-tau 0.9"
 FIRST = ("default", "clip")  # others need their checkpoints
 COLUMNS = (
     "mIoU",
@@ -158,6 +169,7 @@ def run(job):
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     others = {first: output / first / str(seed) / "checkpoint.pt" for first in FIRST}
+    others["start"] = START
     with (
         open(folder / "output.txt", "w") as log,
         contextlib.redirect_stdout(log),
@@ -196,7 +208,7 @@ def table(output, rows, seeds):
         cells = []
         for column in COLUMNS:
             values = [100 * result[column] for result in results if result[column] is not None]
-            if not values:  # too few pictures for captions
+            if not values:  # too few images for captions
                 cells.append("-")
                 continue
             spread = (
