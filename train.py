@@ -670,7 +670,7 @@ def open_new_run(open_data, method, init, config, sizes, vocabulary, image_encod
     if init and init not in MODELS and not Path(init).is_file():
         advice = f"it takes a file or one of {', '.join(MODELS)}"
         if init == CLIP_OF_SCENES:
-            advice = "make it with `python train.py --method clip`, or give another --init"
+            advice = "run `python train.py --method clip`, or give another --init"
         raise InputError(f"--init {init}: does not exist; {advice}")
     sources = None
     if init is None:  # the vocabulary may be learned from the captions
