@@ -7,6 +7,7 @@ python train.py --recipe paper --data "cc3m/{00000..00331}.tar" dataset_coco.jso
 torchrun --nproc_per_node=8 train.py --recipe paper ...       the same, on eight GPUs
 """
 
+import argparse
 import dataclasses
 import datetime
 import functools
@@ -110,22 +111,17 @@ PAPER_RECIPE = {
 }
 CONTRASTIVE = {"clip_lr": None, "reconstruction_weight": 0.0, "superpixel_weight": 0.0}
 CLIP_OF_SCENES = f"{RUNS['clip']}/checkpoint.pt"
+PACL_RECIPE = CONTRASTIVE | {"freeze": False, "weight_decay": 0.2}
 SMALL_PACL = {"init": CLIP_OF_SCENES, "nouns": "synthetic", "steps": 600, "lr": 3e-3}
 # As others quote the PACL paper; the crop and the text length are SegCLIP's.
-PAPER_PACL = {"freeze": False, "lr": 5e-4, "batch_size": 4096, "warmup": 0.0}
+PAPER_PACL = {"lr": 5e-4, "batch_size": 4096, "warmup": 0.0}
 RECIPES = {
     ("small", "segclip"): SMALL_RECIPE,
     ("small", "clip"): SMALL_RECIPE | CONTRASTIVE | {"output": RUNS["clip"]},
-    ("small", "pacl"): SMALL_RECIPE
-    | CONTRASTIVE
-    | SMALL_PACL
-    | {"output": RUNS["pacl"], "weight_decay": 0.2},
+    ("small", "pacl"): SMALL_RECIPE | PACL_RECIPE | SMALL_PACL | {"output": RUNS["pacl"]},
     ("paper", "segclip"): PAPER_RECIPE,
     ("paper", "clip"): PAPER_RECIPE | CONTRASTIVE | {"output": "runs/paper-clip", "lr": 4e-6},
-    ("paper", "pacl"): PAPER_RECIPE
-    | CONTRASTIVE
-    | PAPER_PACL
-    | {"output": "runs/paper-pacl", "weight_decay": 0.2},
+    ("paper", "pacl"): PAPER_RECIPE | PACL_RECIPE | PAPER_PACL | {"output": "runs/paper-pacl"},
 }
 SIZES = {size.name: size for size in dataclasses.fields(Config) if size.name != "vocab_size"}
 # Sizes that --init with a plain CLIP does not decide.
@@ -186,8 +182,8 @@ def add_arguments(parser):
     add("--compile", action="store_true", help="torch.compile: for long runs")
     add = parser.add_argument_group("the recipe").add_argument
     add("--init", metavar="MODEL", help="start from ViT-B/16, a CLIP or a SegCLIP [%(default)s]")
-    add("--freeze", action="store_true", help="keep CLIP's patch, position and token embeddings")
-    add("--no-freeze", dest="freeze", action="store_false", help="train them")
+    add("--freeze", action=argparse.BooleanOptionalAction, default=False,
+        help="keep CLIP's patch, position and token embeddings as they are")
     add("--image-encoder", metavar="FILE",
         help="pacl: embed the patches of a DINO, dino_vitbase16_pretrain.pth [CLIP's]")
     add("--vocabulary", metavar="V",
@@ -196,7 +192,7 @@ def add_arguments(parser):
         help="tokens of a caption, longer ones are cut [--context-length; paper: 32]")
     add("--nouns", metavar="FILE",
         help="one noun per line: the text of a pair is the caption or one of its nouns in one of "
-        "OpenAI's 7 templates, as in PACL; synthetic: the words of the scenes; none [%(default)s]")
+        "OpenAI's 7 templates, as in PACL; synthetic: the words of the scenes; or none")
     add("--steps", type=number(int, 0), metavar="N", help="0 writes the untrained model")
     add("--epochs", type=number(float, 0), metavar="N", help="in place of --steps [paper: 10]")
     add("--batch-size", type=number(int, 1), metavar="B",
