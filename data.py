@@ -17,6 +17,7 @@ import re
 import signal
 import sys
 import tarfile
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageOps
-from skimage.segmentation import felzenszwalb
 from torch.utils.data import DataLoader, Dataset
 
 from model import IMAGE_MEAN, IMAGE_STD, Config, InputError
@@ -74,14 +74,29 @@ def parallel_map(function, inputs, workers):
         batch_size=None,  # so collate_fn gets one item at a time
         collate_fn=function,
         num_workers=workers,
-        worker_init_fn=ignore_signals,
+        worker_init_fn=start_worker,
     )
 
 
-def ignore_signals(worker=None):
-    """Workers outlive Ctrl-C and SIGTERM, until the main process has saved its work."""
+def start_worker(number):
+    """A worker outlives Ctrl-C and SIGTERM, until the main process has saved its work."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    threading.Thread(target=end_with_parent, args=[os.getppid()], daemon=True).start()
+
+
+def end_with_parent(parent):
+    """torch's workers end with a killed parent only while they wait for work."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+def rank_and_world():
+    """-> the number of this process, from 0, and how many torchrun started."""
+    if dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
 
 
 def progress(items, total, what):
@@ -367,6 +382,8 @@ def superpixels(image, image_size, patch_size):
 
     The settings are the authors', for image_size 224 and patch_size 16.
     """
+    from skimage.segmentation import felzenszwalb  # here, since it takes a while to load
+
     height, width = reduced_size(*image.shape[:2], image_size)
     if (height, width) != image.shape[:2]:
         image = np.asarray(Image.fromarray(image).resize((width, height), Image.BICUBIC))
@@ -490,10 +507,15 @@ class TrainingPairs(Dataset):
     config: Config
     crop_scale: float = 1.0
     seed: int = 0
-    text_length: int | None = None
+    text_length: int | None = None  # tokens; None: the model's context length
     rule: str | None = "floor"  # of patch_labels; None: no superpixels are needed
     nouns: tuple = ()
     templates: tuple = ()
+
+    def __post_init__(self):
+        longest = self.config.context_length
+        if (self.text_length or 0) > longest:
+            raise InputError(f"--text-length {self.text_length}: more than {longest}")
 
     def __getitem__(self, key):
         position, index = key
@@ -576,12 +598,12 @@ def collate(items):
 # a tar's row lies in the tar itself.
 
 
-def open_pairs(specs, config, seed, workers=0, max_errors=0.01, rank=0, world=1):
+def open_pairs(specs, config, seed, workers=0, max_errors=0.01):
     """What --data names -> a list of sources, Datasets of Samples. Raises InputError.
 
     specs: "synthetic"; a COCO captions JSON, TSV, CSV or JSONL, with "=FOLDER" for its images; tar
     shards, "cc3m/{00000..00331}.tar" or with * and ?, of which damage may take a share `max_errors`
-    of the pairs. Each of `world` processes indexes a share of the shards.
+    of the pairs. Each process indexes its share of the shards.
     """
     sources = []
     for spec in specs:
@@ -590,7 +612,7 @@ def open_pairs(specs, config, seed, workers=0, max_errors=0.01, rank=0, world=1)
         if spec == "synthetic":
             sources.append(SyntheticScenes(config.image_size, seed))
         elif spec.endswith(".tar"):
-            sources += open_shards(spec, config, workers, max_errors, rank, world)
+            sources += open_shards(spec, config, workers, max_errors)
         elif path.suffix.lower() in READERS:
             sources.append(open_list(path, Path(folder or path.parent), config))
         else:
@@ -756,8 +778,9 @@ READERS = {".json": read_json, ".jsonl": read_jsonl, ".csv": read_csv, ".tsv": r
 # Tar shards of img2dataset: NAME.jpg (.png, .webp), and NAME.txt or NAME.json with a "caption"
 
 
-def open_shards(pattern, config, workers, max_errors, rank, world):
+def open_shards(pattern, config, workers, max_errors):
     """The shards that a pattern names -> list of Pairs. Raises InputError."""
+    rank, world = rank_and_world()
     paths = expand(pattern)
     if world > 1:  # then every process finds all indices
         for _ in parallel_map(index_shard, paths[rank::world], workers):
@@ -1034,6 +1057,8 @@ class ImageFolder(LabelledImages):
         others = {Path(folder).resolve() for folder in (labels, output) if folder}
         files = [file for file in image_files(path) if others.isdisjoint(file.resolve().parents)]
         self.paths = files if path.is_dir() else [path]
+        if not self.paths:
+            raise InputError(f"{path}: no image to label")
         root = path if path.is_dir() else path.parent
         self.names = [str(file.relative_to(root).with_suffix("")) for file in self.paths]
         maps = [Path(labels or "", f"{name}.png") for name in self.names]

@@ -26,7 +26,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
-from skimage.segmentation import find_boundaries
 
 from clip_loader import MODELS, fetch, load_model, load_tokenizer, sha256_of
 from data import (
@@ -39,6 +38,7 @@ from data import (
     normalise,
     parallel_map,
     progress,
+    rank_and_world,
     read_lines,
     resize_bilinear,
     split_commas,
@@ -262,6 +262,9 @@ def choose_protocol(name, dataset, config, classes=None, **changes):
     fields["classes"] = class_words(fields.pop("words"), dataset, classes, has_background)
     changes = {key: value for key, value in changes.items() if value is not None}
     protocol = Protocol(name=name, **(fields | changes))
+    if classes and len(classes) != len(dataset.words):
+        counts = f"{len(classes)} classes, but {dataset.name} has {len(dataset.words)}"
+        raise InputError(f"--words: {counts}")
     patch = config.patch_size
     if protocol.stride_trick and patch % protocol.stride_trick:
         raise InputError(
@@ -624,12 +627,13 @@ def sum_over_processes(counts, device):
     return total.cpu().numpy()
 
 
-def evaluate(segmenter, dataset, output=None, limit=None, workers=2, rank=0, world=1):
+def evaluate(segmenter, dataset, output=None, limit=None, workers=2):
     """Labels a data set, each process its share -> metrics on process 0; None without label maps.
 
     output: a folder for predictions/NAME.png and examples.png, or None. limit: only the first
     images.
     """
+    rank, world = rank_and_world()
     names = class_names(dataset, segmenter.protocol)
     colours = palette(len(names))
     confusion = Confusion(len(names))
@@ -685,8 +689,9 @@ def image_scores(model, encoding, text):
 
 
 @torch.inference_mode()
-def classify(segmenter, dataset, limit=None, workers=2, rank=0, world=1):
+def classify(segmenter, dataset, limit=None, workers=2):
     """Zero-shot classification of a ClassFolder -> metrics on process 0."""
+    rank, world = rank_and_world()
     num_classes = len(dataset.words)
     counts = np.zeros((3, num_classes), np.int64)  # images of a class, top-1 correct, top-5 correct
     indices = range(len(dataset))[:limit][rank::world]
@@ -771,6 +776,8 @@ def grey(image):
 
 def overlay(image, label, colours):
     """The colours of the labels over the grey image, with white outlines."""
+    from skimage.segmentation import find_boundaries  # here, since it takes a while to load
+
     mixed = 0.5 * grey(image)[..., None] + 0.5 * colours[label]
     mixed[find_boundaries(label, mode="inner")] = 255
     return Image.fromarray(mixed.astype(np.uint8))
@@ -896,17 +903,15 @@ def pick_device(name):
 
 
 def start_processes(device_name):
-    """-> rank, number of processes, device: one process, or as many as torchrun started."""
+    """Joins the processes that torchrun started, if any -> the device of this one."""
     torch.backends.cudnn.allow_tf32 = False  # fp32 is fp32 on GPUs, too
-    rank = int(os.environ.get("RANK", 0))
-    world = int(os.environ.get("WORLD_SIZE", 1))
     device = pick_device(device_name)
-    if world > 1:
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         if device.type == "cuda":
             device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return rank, world, device
+    return device
 
 
 def run_program(main, if_interrupted):
@@ -1048,14 +1053,58 @@ def parse_args(argv=None, parser=None):
                 parser.error(f"--classify has no --{name.replace('_', '-')}")
         if args.protocol != "segclip":
             parser.error("--classify has no --protocol")
+    args.flags = {name: value for name, value in vars(args).items() if value is not None}
+    args.source = own[0] if own else args.dataset
+    args.root = getattr(args, own[0]) if own else args.data_root
+    changes = {name: getattr(args, name) for name in PROTOCOL_FLAGS}
+    args.changes = {name: value for name, value in changes.items() if value is not None}
+    if args.classify:
+        args.protocol = "classify"
+    args.has_background = args.background is not None or args.background_entropy is not None
+    if (args.background or 0) > 0:
+        args.changes["background_threshold"] = args.background
     return args
 
 
-def open_dataset(name, root, image_size):
-    """A data set by name: scenes of this size, or a benchmark's folder. Raises InputError."""
+def open_dataset(
+    name, root, image_size=None, classes=None, has_background=False, labels=None, output=None
+):
+    """A data set by its name -> scenes of this size, or what lies in a folder. Raises InputError.
+
+    name: one of DATASETS, or for your own files "image", "images" or "classify". Of --images:
+    classes, lists of words; has_background; labels and output, folders as for ImageFolder.
+    """
+    if name in ("image", "images"):
+        words = [synonyms[0] for synonyms in classes]
+        return ImageFolder(root, labels, words, has_background, output)
+    if name == "classify":
+        return ClassFolder(root)
     if name in SCENES:
-        return SyntheticScenes(image_size, split=SCENES[name])
-    return SegmentationFolder(name, root)
+        dataset = SyntheticScenes(image_size, split=SCENES[name])
+    else:
+        dataset = SegmentationFolder(name, root)
+    if has_background and not dataset.has_background:
+        raise InputError(f"--background(-entropy): {name} has no background")
+    return dataset
+
+
+def open_segmenter(
+    model,
+    tokenizer,
+    dataset,
+    protocol="segclip",
+    classes=None,
+    batch_size=16,
+    bf16=False,
+    **changes,
+):
+    """A model with the words of a data set, ready to label its images -> Segmenter.
+
+    classes: words in place of the data set's. changes: see choose_protocol. Raises InputError.
+    """
+    protocol = choose_protocol(protocol, dataset, model.config, classes, **changes)
+    text, class_of_word = class_features(model, tokenizer, protocol)
+    return Segmenter(model.eval(), text, class_of_word, protocol, batch_size, bf16)
 
 
 def warn_of_unknown_words(tokenizer, classes):
@@ -1079,83 +1128,63 @@ def report(metrics):
     print(f"{line}  over {metrics['images']} images  protocol {metrics['protocol']['name']}")
 
 
-def open_segmenter(args, device):
-    """What the flags ask for -> Segmenter, tokenizer, data set. Raises InputError."""
-    path = fetch(args.checkpoint) if args.checkpoint in MODELS else Path(args.checkpoint)
-    if args.checkpoint == DEFAULT_CHECKPOINT and not path.exists():
+def open_model(name_or_path, readout, activation, vocabulary):
+    """-> model, tokenizer. Raises InputError."""
+    path = checkpoint_path(name_or_path)
+    if name_or_path == DEFAULT_CHECKPOINT and not path.exists():
         raise InputError(
             f"{path}: does not exist; run `python train.py`, or give --checkpoint FILE"
         )
-    model = load_model(path, args.readout, args.activation).to(device).eval()
-    tokenizer = load_tokenizer(path, args.vocabulary)
-    config = model.config
-    if config.vocab_size != tokenizer.vocab_size:
-        sizes = f"{config.vocab_size} tokens, but the vocabulary has {tokenizer.vocab_size}"
-        raise InputError(f"{args.checkpoint}: made for {sizes}")
-
-    classes = read_classes(args.words) if args.words else None
-    has_background = args.background is not None or args.background_entropy is not None
-    own = args.image or args.images
-    if args.classify:
-        dataset = ClassFolder(args.classify)
-    elif own:
-        words = [synonyms[0] for synonyms in classes]
-        dataset = ImageFolder(own, args.labels_dir, words, has_background, output_folder(args))
-    else:
-        dataset = open_dataset(args.dataset, args.data_root, config.image_size)
-        if has_background and not dataset.has_background:
-            raise InputError(f"--background(-entropy): {args.dataset} has no background")
-    if classes and len(classes) != len(dataset.words):
-        counts = f"{len(classes)} classes, but {dataset.name} has {len(dataset.words)}"
-        raise InputError(f"--words {args.words}: {counts}")
-    if not len(dataset):
-        raise InputError(f"{args.images or args.data_root}: no image to label")
-
-    changes = {name: getattr(args, name) for name in PROTOCOL_FLAGS}
-    if args.background is not None and args.background >= 0:
-        changes["background_threshold"] = args.background
-    name = "classify" if args.classify else args.protocol
-    protocol = choose_protocol(name, dataset, config, classes, **changes)
-    text, class_of_word = class_features(model, tokenizer, protocol)
-    bf16 = args.precision == "bf16"
-    segmenter = Segmenter(model, text, class_of_word, protocol, args.batch_size, bf16)
-    return segmenter, tokenizer, dataset
+    model = load_model(path, readout, activation).eval()
+    tokenizer = load_tokenizer(path, vocabulary)
+    if model.config.vocab_size != tokenizer.vocab_size:
+        sizes = f"{model.config.vocab_size} tokens, but the vocabulary has {tokenizer.vocab_size}"
+        raise InputError(f"{name_or_path}: made for {sizes}")
+    return model, tokenizer
 
 
-def output_folder(args):
-    """--output, or of the scenes the checkpoint's own folder, or runs/NAME."""
-    kind = next((x for x in ("image", "images", "classify") if getattr(args, x)), args.dataset)
-    home = Path(args.checkpoint).parent
-    if args.checkpoint in MODELS:
-        home = Path("runs", args.checkpoint.replace("/", "-"))
+def checkpoint_path(name_or_path):
+    return fetch(name_or_path) if name_or_path in MODELS else Path(name_or_path)
+
+
+def output_folder(output, source, checkpoint):
+    """--output, or of the scenes the checkpoint's own folder, or runs/SOURCE -> Path."""
+    home = Path(checkpoint).parent
+    if checkpoint in MODELS:
+        home = Path("runs", checkpoint.replace("/", "-"))
     homes = {"synthetic": home, "synthetic-unseen": home / "unseen"}
-    return Path(args.output or homes.get(kind, f"runs/{kind}"))
+    return Path(output or homes.get(source, f"runs/{source}"))
 
 
 def main(argv=None):
     args = parse_args(argv)
-    rank, world, device = start_processes(args.device)
-    segmenter, tokenizer, dataset = open_segmenter(args, device)
+    device = start_processes(args.device)
+    rank, _ = rank_and_world()
+    model, tokenizer = open_model(args.checkpoint, args.readout, args.activation, args.vocabulary)
+    output = output_folder(args.output, args.source, args.checkpoint)
+    classes = read_classes(args.words) if args.words else None
+    how = model.config.image_size, classes, args.has_background, args.labels_dir, output
+    dataset = open_dataset(args.source, args.root, *how)
+    how = args.protocol, classes, args.batch_size, args.precision == "bf16"
+    segmenter = open_segmenter(model.to(device), tokenizer, dataset, *how, **args.changes)
     protocol = segmenter.protocol
-    output = output_folder(args)
     output.mkdir(parents=True, exist_ok=True)
-    if rank == 0 and (args.image or args.images or args.classify):
+    if rank == 0 and args.source not in DATASETS:
         warn_of_unknown_words(tokenizer, protocol.classes)
     if args.image:
         if rank == 0:
             show_image(segmenter, dataset, output, args.heat)
         return
     if args.classify:
-        metrics = classify(segmenter, dataset, args.limit, args.workers, rank, world)
+        metrics = classify(segmenter, dataset, args.limit, args.workers)
     else:
-        metrics = evaluate(segmenter, dataset, output, args.limit, args.workers, rank, world)
+        metrics = evaluate(segmenter, dataset, output, args.limit, args.workers)
     if rank:
         return
     if metrics:
-        path = fetch(args.checkpoint) if args.checkpoint in MODELS else args.checkpoint
-        metrics["checkpoint_sha256"] = sha256_of(path)
+        metrics["checkpoint_sha256"] = sha256_of(checkpoint_path(args.checkpoint))
         metrics["protocol"] = vars(protocol)
-        metrics["flags"] = {name: value for name, value in vars(args).items() if value is not None}
+        metrics["flags"] = args.flags
         (output / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
         report(metrics)
     elif args.labels_dir:

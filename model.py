@@ -568,7 +568,6 @@ def sincos_positions(width, rows, columns, device=None):
     return torch.cat([x, y], dim=1)
 
 
-@torch.compiler.disable  # in bf16, a compiled backward pass rounds otherwise and finds no maximum
 def max_over_regions(regions):
     """[B, L, D] -> [B, D]. In bf16 regions often tie. amax divides the gradient between them; max
     would always give it to the first, and the others would learn no word."""

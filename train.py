@@ -10,6 +10,7 @@ torchrun --nproc_per_node=8 train.py --recipe paper ...       the same, on eight
 import argparse
 import dataclasses
 import datetime
+import fcntl
 import functools
 import json
 import math
@@ -29,6 +30,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import ConcatDataset, DataLoader
 
 import evaluate
+import model as model_module
 from clip_loader import (
     MODELS,
     Tokenizer,
@@ -50,11 +52,12 @@ from data import (
     SyntheticScenes,
     TrainingPairs,
     collate,
-    ignore_signals,
     normalise,
     open_pairs,
     parallel_map,
+    rank_and_world,
     read_lines,
+    start_worker,
 )
 from evaluate import RUNS, Parser, number
 from losses import contrastive_loss, total_loss
@@ -134,6 +137,13 @@ ADDED = (
     "mask_ratio",
     "decoder_layers",
 )
+OF_SEGCLIP = ("first_stage_layers", *ADDED, *CONTRASTIVE)
+OF_PACL = ("patch_scale", "image_encoder")
+UNUSED = {  # flags that a method does not have
+    "segclip": OF_PACL,
+    "clip": OF_SEGCLIP + OF_PACL,
+    "pacl": (*OF_SEGCLIP, "from_scratch", "freeze"),
+}
 # What the authors' program does not train when it starts from CLIP.
 FROZEN = (
     "clip.visual.conv1.",
@@ -240,39 +250,28 @@ def parse_args(argv=None):
     add_arguments(parser)
     parser.set_defaults(**defaults)
     args = parser.parse_args(argv)
-    if args.steps is not None and args.epochs is not None:
-        parser.error("--steps or --epochs, not both")
+
+    for name in UNUSED[args.method]:
+        if getattr(args, name):
+            parser.error(f"--method {args.method} has no --{name.replace('_', '-')}")
+    pacl = args.method == "pacl"
+    needs_root = args.eval_every and args.eval_dataset in BENCHMARKS and not args.eval_root
+    scene_nouns = args.nouns == "synthetic" and "synthetic" not in (args.data or ())
+    for is_wrong, message in (
+        (args.data is None, f"--recipe {args.recipe} needs --data"),
+        (args.steps is not None and args.epochs is not None, "--steps or --epochs, not both"),
+        (args.from_scratch and args.init, "--from-scratch or --init, not both"),
+        (pacl and not args.init, "--method pacl needs --init, a CLIP"),
+        (pacl and args.accumulate > 1, "--accumulate: the loss of PACL works in chunks already"),
+        (needs_root, f"--eval-dataset {args.eval_dataset} needs --eval-root, its folder"),
+        (scene_nouns, "--nouns synthetic: the words of the scenes; give --nouns FILE, or none"),
+    ):
+        if is_wrong:
+            parser.error(message)
     if args.steps is None and args.epochs is None:
         args.steps = length["steps"]
         args.epochs = length["epochs"]
-    check(args, parser.error)
     return args
-
-
-def check(args, error):
-    """Calls error(message) for flags that do not go together."""
-    if args.data is None:
-        error(f"--recipe {args.recipe} needs --data")
-    if args.from_scratch and args.init:
-        error("--from-scratch or --init, not both")
-    if args.nouns == "synthetic" and "synthetic" not in args.data:
-        error("--nouns synthetic: those are the words of the scenes; give --nouns FILE, or none")
-    if args.method == "pacl" and not args.init:
-        error("--method pacl needs --init, a CLIP")
-    if args.eval_every and args.eval_dataset in BENCHMARKS and not args.eval_root:
-        error(f"--eval-dataset {args.eval_dataset} needs --eval-root, the folder that holds it")
-    if args.method == "pacl" and args.accumulate > 1:
-        error("--accumulate: the loss of --method pacl works in chunks already")
-    of_segclip = ("first_stage_layers", *ADDED, *CONTRASTIVE)
-    of_pacl = ("patch_scale", "image_encoder")
-    unused = {
-        "segclip": of_pacl,
-        "clip": of_segclip + of_pacl,
-        "pacl": (*of_segclip, "from_scratch", "freeze"),
-    }
-    for name in unused[args.method]:
-        if getattr(args, name):
-            error(f"--method {args.method} has no --{name.replace('_', '-')}")
 
 
 def check_resumed(saved, flags, path):
@@ -413,7 +412,7 @@ def compute_gradients(parallel, batch, noise, weights, precision, scaler, extra,
     has the negatives of the whole batch (see gradients_of_features).
     """
     model = getattr(parallel, "module", parallel)
-    world = dist.get_world_size() if dist.is_initialized() else 1
+    _, world = rank_and_world()
     context = autocast(batch[0].device, precision)
     parts_of_batch = list(zip(*(x.chunk(chunks) for x in batch)))
     parts_of_noise = [{n: x.chunk(chunks)[k] for n, x in noise.items()} for k in range(chunks)]
@@ -489,15 +488,20 @@ def take_step(parallel, optimizer, batch, noise, weights, precision, scaler, chu
 
 
 class GracefulExit:
-    """Inside `with`, Ctrl-C and SIGTERM only set `asked`, so that the step can end and be saved."""
+    """Inside `with`, Ctrl-C and SIGTERM only set a wish, so that the step can end and be saved."""
 
     def __enter__(self):
-        self.asked = False
+        self.signalled = False
+        self.parent = os.getppid()
         self.handlers = {s: signal.signal(s, self.ask) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def ask(self, number, frame):
-        self.asked = True
+        self.signalled = True
+
+    def asked(self):
+        """Also true when torchrun has died, whose processes would go on for ever."""
+        return self.signalled or (dist.is_initialized() and os.getppid() != self.parent)
 
     def __exit__(self, *_):
         for which, handler in self.handlers.items():
@@ -505,22 +509,33 @@ class GracefulExit:
 
 
 class Meter:
-    """Averages the losses since the last log line, and counts sample errors and skipped steps."""
+    """Averages the losses since the last log line, and counts sample errors and skipped steps.
 
-    def __init__(self, state, steps, batch_size, weights):
+    weights: of L_rec and L_sup. log: a file for the lines, or None; every: steps between them.
+    max_errors: the share of the pairs that may be unusable.
+    """
+
+    def __init__(self, state, steps, batch_size, weights, log, every, max_errors):
         self.errors = state.errors
         self.steps = steps
         self.batch_size = batch_size
         self.weights = {"con": 1.0, "rec": weights[0], "sup": weights[1]}
+        self.file = log
+        self.every = every
+        self.max_errors = max_errors
         self.printed = Counter()
         self.unread = []
         self.recent = []
         self.skipped = 0
+        self.first = state.step + 1
         self.restart(state.step)
 
     def restart(self, step):
         self.since = time.time()
         self.since_step = step
+
+    def is_due(self, step):
+        return step % self.every == 0 or step in (self.first, self.steps)
 
     def extra(self, stop, errors):
         """What is summed over the processes: a wish to stop, and errors by kind."""
@@ -533,14 +548,11 @@ class Meter:
         counts = [kinds.count(kind) for kind in SampleError.KINDS]
         return torch.tensor([stop, *counts], dtype=torch.float32)
 
-    def add(self, values, names, wait):
-        """The numbers of one step. With `wait` they are read, which waits for the GPU.
+    def read(self, names):
+        """Reads the numbers of the last steps, which waits for the GPU. names: of the losses.
 
         -> whether a process wants to stop, the same on all. Raises InputError for a broken run.
         """
-        self.unread.append(values)
-        if not wait:
-            return False
         # Losses (compute_gradients), what extra() made, the norm (take_step).
         names = [*names, "stop", *SampleError.KINDS, "grad"]
         stop = False
@@ -558,20 +570,23 @@ class Meter:
             raise InputError(f"{self.skipped} gradients in a row are not finite; try a lower --lr")
         return stop
 
-    def log(self, file, names, step, **others):
-        """Appends a line to log.jsonl, and prints it: means since the last one, and `others`."""
+    def log(self, names, state):
+        """Appends a line to log.jsonl, and prints it, with the means since the last one."""
+        step = state.step
         rows = self.recent
         self.recent = []
-        if file is None or not rows:  # file is the first process's
+        if self.file is None or not rows:
             return
         means = {name: sum(row[name] for row in rows) / len(rows) for name in (*names, "grad")}
         loss = sum(self.weights[name] * means[name] for name in names)
         steps_per_second = (step - self.since_step) / (time.time() - self.since)
         rate = steps_per_second * self.batch_size
-        line = {"step": step, **means, "loss": loss, **others, "pairs_per_second": rate}
-        line["errors"] = self.errors.total()
-        file.write(json.dumps(line) + "\n")
-        file.flush()
+        line = {"step": step, **means, "loss": loss}
+        line["lr"] = max(group["lr"] for group in state.optimizer.param_groups)
+        line["scale"] = state.model.clip.logit_scale.exp().item()
+        line |= {"pairs_per_second": rate, "errors": self.errors.total()}
+        self.file.write(json.dumps(line) + "\n")
+        self.file.flush()
         eta = datetime.timedelta(seconds=round((self.steps - step) / steps_per_second))
         losses = " ".join(f"{name} {means[name]:.2f}" for name in names)
         print(  # in 100 columns
@@ -581,8 +596,8 @@ class Meter:
         )
         self.restart(step)
 
-    def too_many_errors(self, step, share):
-        return self.errors.total() > share * max(1000, step * self.batch_size)
+    def too_many_errors(self, step):
+        return self.errors.total() > self.max_errors * max(1000, step * self.batch_size)
 
     def summary(self):
         return ", ".join(f"{count} x {kind}" for kind, count in self.errors.most_common())
@@ -595,32 +610,48 @@ class Meter:
 def open_log(folder, resumed_step):
     """FOLDER/log.jsonl for appending: of a resumed run up to its step, else empty.
 
-    A folder that holds an earlier run is moved away.
+    A folder that holds an earlier run is moved away. The file is locked while the process lives.
+    -> None on all processes but the first. Raises InputError if another run writes to it, or if the
+    folder holds something else.
     """
+    rank, _ = rank_and_world()
+    if rank:
+        return None
     path = folder / "log.jsonl"
-    lines = []
-    if resumed_step is None and path.exists() and any(folder.glob("checkpoint*.pt")):
+    held = any(folder.glob("checkpoint*.pt"))
+    if resumed_step is None and held and not path.exists():
+        raise InputError(f"{folder}: holds a checkpoint of something else; give another --output")
+    folder.mkdir(parents=True, exist_ok=True)
+    log = open(path, "a+", errors="replace")
+    try:
+        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"{folder}: another run is writing to it; give another --output") from None
+    if resumed_step is None and held:
         n = 1
         while Path(f"{folder}.{n}").exists():
             n += 1
         os.rename(folder, f"{folder}.{n}")
         print(f"{folder} held another run, which is now in {folder}.{n}", file=sys.stderr)
-    elif resumed_step is None and any(folder.glob("checkpoint*.pt")):
-        raise InputError(f"{folder}: holds a checkpoint of something else; give another --output")
-    elif resumed_step is not None and path.exists():
-        for line in path.read_text(errors="replace").splitlines():
-            try:
-                if json.loads(line)["step"] <= resumed_step:
-                    lines.append(line + "\n")
-            except (ValueError, LookupError, TypeError):  # a line that was cut off
-                continue
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(lines))
-    return open(path, "a")
+        return open_log(folder, None)
+    log.seek(0)
+    lines = []
+    for line in log if resumed_step is not None else ():
+        try:
+            if json.loads(line)["step"] <= resumed_step:
+                lines.append(line.rstrip("\n") + "\n")
+        except (ValueError, LookupError, TypeError):  # a line that was cut off
+            continue
+    log.truncate(0)
+    log.writelines(lines)
+    return log
 
 
-def introduce(state, sources, superpixel_weight):
-    """Prints what is trained, and how many sources have saved superpixels."""
+def introduce(state, sources, steps, batch_size, superpixels_needed):
+    """Prints what is trained, and on what; on the first process."""
+    rank, world = rank_and_world()
+    if rank:
+        return
     total = sum(p.numel() for p in state.model.parameters())
     for group in state.optimizer.param_groups:
         count = sum(p.numel() for p in group["params"])
@@ -629,7 +660,7 @@ def introduce(state, sources, superpixel_weight):
         print(f"{count / 1e6:8.2f} M parameters  {rates}")
     print(f"{total / 1e6:8.2f} M parameters  frozen")
     stores = [source.superpixels for source in sources if hasattr(source, "superpixels")]
-    if stores and superpixel_weight:
+    if stores and superpixels_needed:
         saved = sum(store.places is not None for store in stores)
         config = state.model.config
         sizes = f"--image-size {config.image_size} --patch-size {config.patch_size}"
@@ -637,6 +668,14 @@ def introduce(state, sources, superpixel_weight):
             f"{saved} of {len(stores)} shards or lists have superpixels; to compute them: "
             f"python data.py superpixels {sizes} --data ..."
         )
+    print(
+        f"{sum(state.lengths):,} pairs, {steps} steps of {batch_size}; a vocabulary of "
+        f"{state.tokenizer.vocab_size} tokens; {world} x "
+        f"{next(state.model.parameters()).device.type}, {state.flags['precision']}"
+    )
+    if state.flags["resume"]:
+        print(f"resumed at step {state.step}" if state.step else "nothing to resume: a new run")
+    sys.stdout.flush()
 
 
 def wrap_model(model, activations, compiled):
@@ -644,6 +683,8 @@ def wrap_model(model, activations, compiled):
     if activations:
         checkpoint_activations(model)
     if compiled:
+        # In bf16, a compiled backward pass rounds otherwise and finds no maximum.
+        model_module.max_over_regions = torch.compiler.disable(model_module.max_over_regions)
         model.compile()
     return DistributedDataParallel(model) if dist.is_initialized() else model
 
@@ -658,11 +699,14 @@ def choose_nouns(name):
     return tuple(nouns)
 
 
-def open_new_run(open_data, method, init, config, sizes, vocabulary, image_encoder):
-    """-> model, tokenizer, sources of pairs. Raises InputError.
+def open_run(open_data, saved, path, method, init, config, sizes, vocabulary, image_encoder):
+    """A new run, or that of a checkpoint -> model, tokenizer, sources of pairs. Raises InputError.
 
-    open_data: Config -> sources. Others: see build_model.
+    open_data: Config -> sources. saved, path: from last_checkpoint. Others: see build_model.
     """
+    if saved:
+        model = load_model(path)
+        return model, Tokenizer(saved["merges"]), open_data(model.config)
     if init and init not in MODELS and not Path(init).is_file():
         advice = f"it takes a file or one of {', '.join(MODELS)}"
         if init == CLIP_OF_SCENES:
@@ -685,6 +729,7 @@ def open_new_run(open_data, method, init, config, sizes, vocabulary, image_encod
 class State:
     """What a checkpoint holds, so that a run can be resumed."""
 
+    folder: Path
     model: torch.nn.Module
     tokenizer: Tokenizer
     optimizer: torch.optim.Optimizer
@@ -695,13 +740,14 @@ class State:
     errors: Counter = field(default_factory=Counter)
     saved_step: int | None = None
 
-    def save(self, folder, rank):
+    def save(self):
         """Writes checkpoint.pt, unless it has this step already; on the first process."""
+        rank, _ = rank_and_world()
         if rank or self.step == self.saved_step:
             return
         self.saved_step = self.step
         save_checkpoint(
-            folder / "checkpoint.pt",
+            self.folder / "checkpoint.pt",
             self.model,
             rotate=True,
             merges=self.tokenizer.merges,
@@ -734,6 +780,16 @@ class State:
                 )
 
 
+def rows_of_process(batch_size, chunks):
+    """The rows of each batch that are this process's -> slice. Raises InputError."""
+    rank, world = rank_and_world()
+    if batch_size % (world * chunks):
+        parts = f"{world} processes x {chunks} chunks"
+        raise InputError(f"--batch-size {batch_size}: cannot be split over {parts}")
+    share = batch_size // world
+    return slice(rank * share, (rank + 1) * share)
+
+
 def choose_precision(precision, device):
     """--precision, or the best that the device has. Sets TF32 for what is not in half precision."""
     if precision is None:
@@ -746,19 +802,25 @@ def choose_precision(precision, device):
     return precision
 
 
-def tune_cpu(num_workers, num_patches, world):
+def tune_cpu(device, num_workers, config):
     """Settings that change the speed on a CPU."""
+    if device.type != "cpu":
+        return
+    num_patches = (config.image_size // config.patch_size) ** 2
     # The fused attention is for long sequences: in bf16 its backward pass is slow for short ones.
     torch.backends.cuda.enable_flash_sdp(num_patches >= 128)
-    if world == 1 and num_workers:
+    if num_workers and not dist.is_initialized():
         # Threads that compete with the workers for cores cost a third of the speed.
         free = max(1, (os.cpu_count() or 1) - num_workers)
         torch.set_num_threads(min(torch.get_num_threads(), free))
 
 
-def draw_noise(model, seed, step, batch_size, num_patches, rows, generator):
+def draw_noise(model, seed, batch_size, rows, step):
     """The noise of a step, of these rows of the batch: a function of the seed and the step."""
+    config = model.config
+    generator = torch.Generator(model.clip.logit_scale.device)
     generator.manual_seed(seed * 1_000_003 + step)
+    num_patches = (config.image_size // config.patch_size) ** 2
     noise = model.draw_noise(batch_size, num_patches, generator)
     return {name: values[rows] for name, values in noise.items()}
 
@@ -783,92 +845,117 @@ def make_loader(pairs, sources, batches, workers):
         num_workers=workers,
         collate_fn=collate,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=ignore_signals,
+        worker_init_fn=start_worker,
     )
 
 
 class Scorer:
-    """Scores the model in training, and keeps the best one as best.pt."""
+    """Scores the model in training, `every` so many steps, and keeps the best one as best.pt."""
 
-    def __init__(self, name, root, config, folder, workers):
+    def __init__(self, every, name, root, state, workers):
+        self.every = every
+        self.state = state
         self.workers = workers
-        self.dataset = evaluate.open_dataset(name, root, config.image_size)
-        self.protocol = evaluate.choose_protocol("segclip", self.dataset, config)
-        self.path = folder / "best.pt"
+        self.dataset = evaluate.open_dataset(name, root, state.model.config.image_size)
 
-    def __call__(self, model, tokenizer, step, rank, world):
-        model.eval()
-        text, class_of_word = evaluate.class_features(model, tokenizer, self.protocol)
-        segmenter = evaluate.Segmenter(model, text, class_of_word, self.protocol)
-        metrics = evaluate.evaluate(
-            segmenter, self.dataset, workers=self.workers, rank=rank, world=world
-        )
+    def __call__(self):
+        model = self.state.model
+        segmenter = evaluate.open_segmenter(model, self.state.tokenizer, self.dataset)
+        metrics = evaluate.evaluate(segmenter, self.dataset, workers=self.workers)
         model.train()
         if metrics is None:  # not the first process
             return
-        print(f"step {step}  mIoU {100 * metrics['mIoU']:.2f} %", flush=True)
+        print(f"step {self.state.step}  mIoU {100 * metrics['mIoU']:.2f} %", flush=True)
         metrics["dataset"] = self.dataset.name
-        best = read_weights(self.path)["metrics"] if self.path.exists() else {}
+        path = self.state.folder / "best.pt"
+        best = read_weights(path)["metrics"] if path.exists() else {}
         if best.get("dataset") != self.dataset.name or metrics["mIoU"] > best["mIoU"]:
-            save_checkpoint(self.path, model, merges=tokenizer.merges, step=step, metrics=metrics)
+            merges = self.state.tokenizer.merges
+            save_checkpoint(path, model, merges=merges, step=self.state.step, metrics=metrics)
+
+
+def train(loader, state, meter, scorer, save_every, lr_factor_at, noise_at, take_step):
+    """One step for each batch of the loader, until a signal asks to stop. Raises InputError.
+
+    lr_factor_at, noise_at: functions of the step. take_step: of a batch and its noise.
+    """
+    device = next(state.model.parameters()).device
+    rank, world = rank_and_world()
+    state.model.train()
+    with GracefulExit() as stop:
+        for image, superpatch, text, errors in loader:
+            for group in state.optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * lr_factor_at(state.step)
+            stop_asked = stop.asked()
+            extra = meter.extra(stop_asked, errors)
+            batch = [x.to(device, non_blocking=True) for x in (image, superpatch, text, extra)]
+            values, names = take_step(batch, noise_at(state.step))
+            meter.unread.append(values)
+            state.step += 1
+            log_now = meter.is_due(state.step)
+            score_now = scorer and (state.step % scorer.every == 0 or state.step == meter.steps)
+            save_now = state.step % save_every == 0 or score_now
+            if log_now or save_now or device.type == "cpu" or (stop_asked and world == 1):
+                stopped = meter.read(names)  # waits for the GPU
+                if log_now:
+                    meter.log(names, state)
+                if stopped or meter.too_many_errors(state.step):
+                    break
+            if save_now:
+                state.save()
+            if score_now:
+                scorer()
+                meter.restart(state.step)
+        state.save()
+    if meter.too_many_errors(state.step):
+        advice = "repair the data and start again, or allow more and --resume"
+        found = f"{meter.summary()}: more than --max-errors {meter.max_errors}"
+        raise InputError(f"{found}; {advice}")
+    if rank == 0:
+        if state.errors:
+            print(meter.summary())
+        if state.step < meter.steps:
+            print(f"stopped at step {state.step} of {meter.steps}: --resume continues")
+        print(f"{state.folder / 'checkpoint.pt'} has step {state.step}")
 
 
 def main(argv=None):
     args = parse_args(argv)
     nouns = choose_nouns(args.nouns)
-    rank, world, device = evaluate.start_processes(args.device)
-    if args.batch_size % (world * args.accumulate):
-        parts = f"{world} processes x {args.accumulate} chunks"
-        raise InputError(f"--batch-size {args.batch_size}: cannot be split over {parts}")
+    device = evaluate.start_processes(args.device)
+    rows = rows_of_process(args.batch_size, args.accumulate)
     precision = choose_precision(args.precision, device)
     flags = vars(args) | {"precision": precision}
     folder = Path(args.output)
-    saved, resumed = last_checkpoint(folder / "checkpoint.pt") if args.resume else (None, None)
+    saved, path = last_checkpoint(folder / "checkpoint.pt") if args.resume else (None, None)
     if saved:
-        check_resumed(saved, flags, resumed)
+        check_resumed(saved, flags, path)
 
     torch.manual_seed(args.seed)
     sizes = {name: getattr(args, name) for name in SIZES if getattr(args, name) is not None}
     config = choose_sizes(args.recipe, args.method, sizes)
-    open_data = functools.partial(
-        open_pairs,
-        args.data,
-        seed=args.seed,
-        workers=args.workers,
-        max_errors=args.max_errors,
-        rank=rank,
-        world=world,
-    )
-    if saved:
-        model = load_model(resumed)
-        tokenizer = Tokenizer(saved["merges"])
-        sources = open_data(model.config)
-    else:
-        model, tokenizer, sources = open_new_run(
-            open_data, args.method, args.init, config, sizes, args.vocabulary, args.image_encoder
-        )
-    model.to(device)
-    config = model.config
-    if args.text_length and args.text_length > config.context_length:
-        raise InputError(f"--text-length {args.text_length}: more than {config.context_length}")
+    options = {"seed": args.seed, "workers": args.workers, "max_errors": args.max_errors}
+    open_data = functools.partial(open_pairs, args.data, **options)
+    init = args.method, args.init, config, sizes, args.vocabulary, args.image_encoder
+    model, tokenizer, sources = open_run(open_data, saved, path, *init)
     lengths = [len(source) for source in sources]
     steps = args.steps
     if steps is None:
         steps = math.ceil(args.epochs * sum(lengths) / args.batch_size)
 
     no_decoder = args.method == "segclip" and not args.reconstruction_weight
-    freeze(model, embeddings=args.freeze, reconstruction=no_decoder)
+    freeze(model.to(device), embeddings=args.freeze, reconstruction=no_decoder)
     groups = parameter_groups(model, args.lr, args.clip_lr, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-6, fused=True)
     # Without fp16 it scales by 1, and only skips steps whose gradients are not finite.
     scaler = torch.amp.GradScaler(device.type, 2.0**16 if precision == "fp16" else 1.0)
-    state = State(model, tokenizer, optimizer, scaler, lengths, flags)
-    state.restore(saved, resumed)
+    state = State(folder, model, tokenizer, optimizer, scaler, lengths, flags)
+    state.restore(saved, path)
 
     pairs = TrainingPairs(
         ConcatDataset(sources),
         tokenizer,
-        config,
+        model.config,
         crop_scale=args.crop_scale,
         seed=args.seed,
         text_length=args.text_length,
@@ -876,76 +963,27 @@ def main(argv=None):
         nouns=nouns,
         templates=evaluate.TEMPLATES[7],
     )
-    share = args.batch_size // world
-    rows = slice(rank * share, (rank + 1) * share)  # of each batch, this process's
-    left = range(state.step, steps)
-    batches = Batches(lengths, args.seed, args.batch_size, rows, left)
+    batches = Batches(lengths, args.seed, args.batch_size, rows, range(state.step, steps))
     loader = make_loader(pairs, sources, batches, args.workers)
     scorer = None
     if args.eval_every:
-        scorer = Scorer(args.eval_dataset, args.eval_root, config, folder, args.workers)
-    log = None
-    if rank == 0:
-        log = open_log(folder, state.step if saved else None)
-        introduce(state, sources, args.superpixel_weight)
-        print(
-            f"{sum(lengths):,} pairs, {steps} steps of {args.batch_size}; a vocabulary of "
-            f"{tokenizer.vocab_size} tokens; {world} x {device.type}, {precision}",
-            flush=True,
-        )
-        if args.resume:
-            print(f"resumed at step {state.step}" if saved else "nothing to resume: a new run")
-    num_patches = (config.image_size // config.patch_size) ** 2
-    if device.type == "cpu":
-        tune_cpu(loader.num_workers, num_patches, world)
+        scorer = Scorer(args.eval_every, args.eval_dataset, args.eval_root, state, args.workers)
+    log = open_log(folder, state.step if saved else None)
+    introduce(state, sources, steps, args.batch_size, args.superpixel_weight)
+    tune_cpu(device, loader.num_workers, model.config)
     parallel = wrap_model(model, args.checkpoint_activations, args.compile)
     weights = args.reconstruction_weight, args.superpixel_weight
-    meter = Meter(state, steps, args.batch_size, weights)
-    generator = torch.Generator(device)
-    broken = False
-    model.train()
-    with GracefulExit() as stop:
-        for image, superpatch, text, errors in loader:
-            factor = lr_factor(state.step, steps, args.warmup)
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * factor
-            extra = meter.extra(stop.asked, errors)
-            batch = [x.to(device, non_blocking=True) for x in (image, superpatch, text, extra)]
-            noise = draw_noise(
-                model, args.seed, state.step, args.batch_size, num_patches, rows, generator
-            )
-            values, names = take_step(
-                parallel, optimizer, batch, noise, weights, precision, scaler, args.accumulate
-            )
-            state.step += 1
-            last = state.step == steps
-            log_now = state.step % args.log_every == 0 or state.step == left.start + 1 or last
-            score_now = scorer and (state.step % args.eval_every == 0 or last)
-            save_now = state.step % args.save_every == 0 or score_now
-            read_now = log_now or save_now or device.type == "cpu"  # waits for the GPU
-            read_now = read_now or (stop.asked and world == 1)
-            stopped = meter.add(values, names, read_now)
-            if log_now:
-                scale = model.clip.logit_scale.exp().item()
-                meter.log(log, names, state.step, lr=args.lr * factor, scale=scale)
-            broken = meter.too_many_errors(state.step, args.max_errors)
-            if stopped or broken:
-                break
-            if save_now:
-                state.save(folder, rank)
-            if score_now:
-                scorer(model, tokenizer, state.step, rank, world)
-                meter.restart(state.step)
-        state.save(folder, rank)
-    if broken:
-        advice = "repair the data and start again, or allow more and --resume"
-        raise InputError(f"{meter.summary()}: more than --max-errors {args.max_errors}; {advice}")
-    if rank == 0:
-        if state.errors:
-            print(meter.summary())
-        if state.step < steps:
-            print(f"stopped at step {state.step} of {steps}: --resume continues")
-        print(f"{folder / 'checkpoint.pt'} has step {state.step}")
+    how = {"weights": weights, "precision": precision, "scaler": scaler}
+    train(
+        loader,
+        state,
+        Meter(state, steps, args.batch_size, weights, log, args.log_every, args.max_errors),
+        scorer,
+        args.save_every,
+        functools.partial(lr_factor, steps=steps, warmup=args.warmup),
+        functools.partial(draw_noise, model, args.seed, args.batch_size, rows),
+        functools.partial(take_step, parallel, optimizer, chunks=args.accumulate, **how),
+    )
 
 
 if __name__ == "__main__":

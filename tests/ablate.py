@@ -165,7 +165,7 @@ def run(job):
         return f"{name}, seed {seed}: done before"
     train.open_pairs = lambda *args, seed, **options: open_scenes(seed)
     # A run that is stopped is begun again, and so must neither end early nor be scored.
-    train.GracefulExit = lambda: contextlib.nullcontext(argparse.Namespace(asked=False))
+    train.GracefulExit = lambda: contextlib.nullcontext(argparse.Namespace(asked=bool))
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     others = {first: output / first / str(seed) / "checkpoint.pt" for first in FIRST}

@@ -295,13 +295,24 @@ def parse_args(argv=None):
     return args
 
 
+def open_all(checkpoint, readout, args):
+    """-> Segmenter, tokenizer, data set, with the flags of evaluate.py."""
+    model, tokenizer = evaluate.open_model(checkpoint, readout, args.activation, args.vocabulary)
+    classes = evaluate.read_classes(args.words) if args.words else None
+    how = model.config.image_size, classes, args.has_background, args.labels_dir
+    dataset = evaluate.open_dataset(args.source, args.root, *how)
+    model.to(evaluate.pick_device(args.device))
+    how = args.protocol, classes, args.batch_size, args.precision == "bf16"
+    segmenter = evaluate.open_segmenter(model, tokenizer, dataset, *how, **args.changes)
+    return segmenter, tokenizer, dataset
+
+
 def main(argv=None):
     args = parse_args(argv)
-    device = evaluate.pick_device(args.device)
     if args.compare:
-        return compare(args, device)
-    segmenter, tokenizer, dataset = evaluate.open_segmenter(args, device)
-    output = evaluate.output_folder(args)
+        return compare(args)
+    segmenter, tokenizer, dataset = open_all(args.checkpoint, args.readout, args)
+    output = evaluate.output_folder(args.output, args.source, args.checkpoint)
     output.mkdir(parents=True, exist_ok=True)
     if args.coherence:
         order = np.random.RandomState(0).permutation(len(dataset))[: args.limit].tolist()
@@ -324,7 +335,7 @@ def main(argv=None):
     return metrics
 
 
-def compare(args, device):
+def compare(args):
     """Prints a table in Markdown of the models that train.py left in runs/."""
     for method in evaluate.RUNS:
         checkpoint = Path(evaluate.RUNS[method], "checkpoint.pt")
@@ -334,9 +345,8 @@ def compare(args, device):
     print(f"| | mIoU on {args.dataset} | patches | {' | '.join(PUBLISHED_ON)} | protocol |")
     print(f"|---|---|---|{'---|' * len(PUBLISHED_ON)}---|")
     for name, (method, readout, published, protocol) in COMPARED.items():
-        args.checkpoint = f"{evaluate.RUNS[method]}/checkpoint.pt"
-        args.readout = readout
-        segmenter, tokenizer, dataset = evaluate.open_segmenter(args, device)
+        checkpoint = f"{evaluate.RUNS[method]}/checkpoint.pt"
+        segmenter, tokenizer, dataset = open_all(checkpoint, readout, args)
         metrics = run_oracles(segmenter, tokenizer, dataset, args.limit, args.workers)
         measured = [f"{100 * x:.1f} %" for x in (metrics["mIoU"], metrics["analysis"]["patches"])]
         print(f"| {' | '.join([name, *measured, *published.split(), protocol])} |", flush=True)
