@@ -1053,16 +1053,6 @@ def parse_args(argv=None, parser=None):
                 parser.error(f"--classify has no --{name.replace('_', '-')}")
         if args.protocol != "segclip":
             parser.error("--classify has no --protocol")
-    args.flags = {name: value for name, value in vars(args).items() if value is not None}
-    args.source = own[0] if own else args.dataset
-    args.root = getattr(args, own[0]) if own else args.data_root
-    changes = {name: getattr(args, name) for name in PROTOCOL_FLAGS}
-    args.changes = {name: value for name, value in changes.items() if value is not None}
-    if args.classify:
-        args.protocol = "classify"
-    args.has_background = args.background is not None or args.background_entropy is not None
-    if (args.background or 0) > 0:
-        args.changes["background_threshold"] = args.background
     return args
 
 
@@ -1161,15 +1151,23 @@ def main(argv=None):
     device = start_processes(args.device)
     rank, _ = rank_and_world()
     model, tokenizer = open_model(args.checkpoint, args.readout, args.activation, args.vocabulary)
-    output = output_folder(args.output, args.source, args.checkpoint)
+    kinds = {"image": args.image, "images": args.images, "classify": args.classify}
+    kinds = {kind: path for kind, path in kinds.items() if path} or {args.dataset: args.data_root}
+    ((source, root),) = kinds.items()
+    output = output_folder(args.output, source, args.checkpoint)
     classes = read_classes(args.words) if args.words else None
-    how = model.config.image_size, classes, args.has_background, args.labels_dir, output
-    dataset = open_dataset(args.source, args.root, *how)
-    how = args.protocol, classes, args.batch_size, args.precision == "bf16"
-    segmenter = open_segmenter(model.to(device), tokenizer, dataset, *how, **args.changes)
+    has_background = args.background is not None or args.background_entropy is not None
+    how = model.config.image_size, classes, has_background, args.labels_dir, output
+    dataset = open_dataset(source, root, *how)
+    changes = {name: getattr(args, name) for name in PROTOCOL_FLAGS}
+    if args.background is not None and args.background >= 0:
+        changes["background_threshold"] = args.background
+    protocol = "classify" if args.classify else args.protocol
+    how = protocol, classes, args.batch_size, args.precision == "bf16"
+    segmenter = open_segmenter(model.to(device), tokenizer, dataset, *how, **changes)
     protocol = segmenter.protocol
     output.mkdir(parents=True, exist_ok=True)
-    if rank == 0 and args.source not in DATASETS:
+    if rank == 0 and source not in DATASETS:
         warn_of_unknown_words(tokenizer, protocol.classes)
     if args.image:
         if rank == 0:
@@ -1184,7 +1182,7 @@ def main(argv=None):
     if metrics:
         metrics["checkpoint_sha256"] = sha256_of(checkpoint_path(args.checkpoint))
         metrics["protocol"] = vars(protocol)
-        metrics["flags"] = args.flags
+        metrics["flags"] = {name: value for name, value in vars(args).items() if value is not None}
         (output / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
         report(metrics)
     elif args.labels_dir:

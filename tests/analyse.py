@@ -299,11 +299,16 @@ def open_all(checkpoint, readout, args):
     """-> Segmenter, tokenizer, data set, with the flags of evaluate.py."""
     model, tokenizer = evaluate.open_model(checkpoint, readout, args.activation, args.vocabulary)
     classes = evaluate.read_classes(args.words) if args.words else None
-    how = model.config.image_size, classes, args.has_background, args.labels_dir
-    dataset = evaluate.open_dataset(args.source, args.root, *how)
+    has_background = args.background is not None or args.background_entropy is not None
+    how = model.config.image_size, classes, has_background, args.labels_dir
+    source = "images" if args.images else args.dataset
+    dataset = evaluate.open_dataset(source, args.images or args.data_root, *how)
+    changes = {name: getattr(args, name) for name in evaluate.PROTOCOL_FLAGS}
+    if args.background is not None and args.background >= 0:
+        changes["background_threshold"] = args.background
     model.to(evaluate.pick_device(args.device))
     how = args.protocol, classes, args.batch_size, args.precision == "bf16"
-    segmenter = evaluate.open_segmenter(model, tokenizer, dataset, *how, **args.changes)
+    segmenter = evaluate.open_segmenter(model, tokenizer, dataset, *how, **changes)
     return segmenter, tokenizer, dataset
 
 
@@ -312,7 +317,9 @@ def main(argv=None):
     if args.compare:
         return compare(args)
     segmenter, tokenizer, dataset = open_all(args.checkpoint, args.readout, args)
-    output = evaluate.output_folder(args.output, args.source, args.checkpoint)
+    output = evaluate.output_folder(
+        args.output, "images" if args.images else args.dataset, args.checkpoint
+    )
     output.mkdir(parents=True, exist_ok=True)
     if args.coherence:
         order = np.random.RandomState(0).permutation(len(dataset))[: args.limit].tolist()
