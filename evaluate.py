@@ -412,7 +412,7 @@ def choose_classes(scores, protocol):
     """Scores of classes [C, H, W] -> labels uint8 [H, W]."""
     if protocol.scoring == "regions":
         # The softmax only changes ties, as in the authors' program.
-        return scores.softmax(dim=0).argmax(dim=0).byte()
+        return scores.softmax(dim=0).max(dim=0).indices.byte()
     best, label = scores.max(dim=0)
     if protocol.background_threshold is not None:
         label[best < protocol.background_threshold] = 0
@@ -444,9 +444,9 @@ def upsample_rows(maps, size, first, last):
     start = above[0].item()
     maps = maps[:, :, start : below[-1] + 1]
     maps = F.interpolate(maps, (maps.shape[2], width), mode="bilinear")
-    above = maps[:, :, (above - start).to(maps.device)]
-    below = maps[:, :, (below - start).to(maps.device)]
-    return torch.addcmul(below * weight, above, 1 - weight)
+    above = maps.index_select(2, (above - start).to(maps.device))
+    below = maps.index_select(2, (below - start).to(maps.device))
+    return below.mul_(weight).addcmul_(above, 1 - weight)
 
 
 PAMR_MARGIN = 11 * 16  # pixels that can change a pixel: ten iterations, and the deviation

@@ -37,7 +37,7 @@ def majority(parts, label):
 EXPLANATIONS = {  # in the order in which they are best read
     "ceiling": "oracle mIoU at patch resolution: each patch has its most frequent class",
     "names perfect": "oracle mIoU of regions: each region has its most frequent class",
-    "grouping perfect": "oracle mIoU of segments: ground-truth segments, classified as a whole",
+    "grouping perfect": "mIoU if each ground-truth segment got one class, that of its mean score",
     "purity": "purity: pixels with the most frequent class of their region",
     "patches": "patches classified correctly",
     "named right": "ground-truth segments classified correctly",
@@ -352,6 +352,7 @@ def compare(args):
         if not checkpoint.exists():
             advice = f"run `python train.py --method {method}`"
             raise InputError(f"{checkpoint}: does not exist; {advice}")
+    print("The columns from VOC-21 on are published, of a ViT-B/16.\n")
     print(f"| | mIoU on {args.dataset} | patches | {' | '.join(PUBLISHED_ON)} | protocol |")
     print(f"|---|---|---|{'---|' * len(PUBLISHED_ON)}---|")
     for name, (method, readout, published, protocol) in COMPARED.items():
