@@ -1094,6 +1094,8 @@ def add_arguments(parser):
     add("--labels-dir", metavar="DIR",
         help="label maps of --images, NAME.png: class numbers from 0 in one byte, 255 not scored")
     add("--classify", metavar="DIR", help="classify whole images: one folder per class")
+    add("--ignore", type=number(int, 0, 255), nargs="+", default=(), metavar="N",
+        help="values of --labels-dir that are not scored, as 255 is never")
     add("--words", metavar="W",
         help='the classes: "cat, grass, sky", or a file with one class per line and synonyms '
         "between commas; needed by --image and --images")
@@ -1160,6 +1162,8 @@ def parse_args(argv=None, parser=None):
         parser.error("--image is one file; a folder is --images")
     if args.heat and not args.image or args.labels_dir and not args.images:
         parser.error("--heat is for --image, --labels-dir for --images")
+    if args.ignore and not args.labels_dir:
+        parser.error("--ignore is for --labels-dir")
     if args.background is not None and args.background_entropy is not None:
         parser.error("--background-entropy: it is this or --background")
     if args.classify:
@@ -1172,16 +1176,23 @@ def parse_args(argv=None, parser=None):
 
 
 def open_dataset(
-    name, root, image_size=None, classes=None, has_background=False, labels=None, output=None
+    name,
+    root,
+    image_size=None,
+    classes=None,
+    has_background=False,
+    labels=None,
+    ignored=(),
+    output=None,
 ):
     """A data set by its name -> scenes of this size, or what lies in a folder. Raises InputError.
 
     name: one of DATASETS, or for your own files "image", "images" or "classify". Of --images:
-    classes, lists of words; has_background; labels and output, folders as for ImageFolder.
+    classes, lists of words; has_background; labels, ignored and output as for ImageFolder.
     """
     if name in ("image", "images"):
         words = [synonyms[0] for synonyms in classes]
-        return ImageFolder(root, labels, words, has_background, output)
+        return ImageFolder(root, labels, words, has_background, output, ignored)
     if name == "classify":
         return ClassFolder(root)
     if name in SCENES:
@@ -1272,8 +1283,9 @@ def main(argv=None):
     output = output_folder(args.output, source, args.checkpoint)
     classes = read_classes(args.words) if args.words else None
     has_background = args.background is not None or args.background_entropy is not None
-    how = model.config.image_size, classes, has_background, args.labels_dir, output
-    dataset = open_dataset(source, root, *how)
+    labels = {"labels": args.labels_dir, "ignored": args.ignore, "output": output}
+    how = model.config.image_size, classes, has_background
+    dataset = open_dataset(source, root, *how, **labels)
     changes = {name: getattr(args, name) for name in PROTOCOL_FLAGS}
     if args.background is not None and args.background >= 0:
         changes["background_threshold"] = args.background

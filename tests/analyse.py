@@ -303,7 +303,7 @@ def open_all(checkpoint, readout, args):
     model, tokenizer = evaluate.open_model(checkpoint, readout, args.activation, args.vocabulary)
     classes = evaluate.read_classes(args.words) if args.words else None
     has_background = args.background is not None or args.background_entropy is not None
-    how = model.config.image_size, classes, has_background, args.labels_dir
+    how = model.config.image_size, classes, has_background, args.labels_dir, args.ignore
     source = "images" if args.images else args.dataset
     dataset = evaluate.open_dataset(source, args.images or args.data_root, *how)
     changes = {name: getattr(args, name) for name in evaluate.PROTOCOL_FLAGS}
@@ -352,7 +352,7 @@ def compare(args):
         if not checkpoint.exists():
             advice = f"run `python train.py --method {method}`"
             raise InputError(f"{checkpoint}: does not exist; {advice}")
-    print("The columns from VOC-21 on are published, of a ViT-B/16.\n")
+    print("The columns from VOC-21 on are published, of a ViT-B/16.", file=sys.stderr)
     print(f"| | mIoU on {args.dataset} | patches | {' | '.join(PUBLISHED_ON)} | protocol |")
     print(f"|---|---|---|{'---|' * len(PUBLISHED_ON)}---|")
     for name, (method, readout, published, protocol) in COMPARED.items():
