@@ -43,7 +43,7 @@ class Sample(NamedTuple):
 class SampleError(Exception):
     """A training pair that cannot be used: (kind, text)."""
 
-    KINDS = ["broken image", "no caption", "caption not in UTF-8"]
+    KINDS = ["broken image", "no caption in UTF-8"]
 
     def __str__(self):
         return ": ".join(self.args)
@@ -51,8 +51,23 @@ class SampleError(Exception):
 
 def first_line(error):
     """The first sentence of an exception's message, at most 150 characters."""
-    lines = str(error).splitlines() or [type(error).__name__]
+    text = repr(error) if isinstance(error, KeyError) else str(error)
+    lines = text.splitlines() or [type(error).__name__]
     return lines[0].split(". ")[0][:150]
+
+
+@contextlib.contextmanager
+def reading(path, what):
+    """A `with` in which any exception becomes an InputError; a damaged file can cause all kinds.
+
+    A pipe or a device is refused, since it could be read for ever.
+    """
+    try:
+        if not os.path.isfile(path):
+            raise OSError("no such file")
+        yield
+    except Exception as error:
+        raise InputError(f"{path}: not a readable {what} ({first_line(error)})") from None
 
 
 def normalise(image):
@@ -275,23 +290,16 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")  # EPS would start a program
 
 
-def check_file(path):
-    """Raises OSError for what is no file, such as a pipe, which could be read for ever."""
-    if not os.path.isfile(path):
-        raise OSError("no such file")
-
-
 def open_image(file):
     """A path or an open file -> Pillow's image, not decoded yet. Any exception can come.
 
     Pillow refuses more than 179 megapixels. Images longer than 100 times their width are refused
     too, since a small one of these needs gigabytes when its short side is enlarged.
     """
-    if not isinstance(file, io.BytesIO):
-        check_file(file)
     image = Image.open(file, formats=FORMATS)
     if max(image.size) > 100 * min(image.size):
-        raise ValueError(f"{image.width}x{image.height} pixels, longer than 100 times its width")
+        size = f"{image.width}x{image.height} pixels"
+        raise ValueError(f"{size}, one side over 100 times as long as the other")
     return image
 
 
@@ -314,21 +322,16 @@ def decode_image(file, shortest=None):
 
 def read_image(path):
     """Any image file -> uint8 [H, W, 3]. Raises InputError."""
-    try:
+    with reading(path, "image"):
         return decode_image(path)
-    except Exception as error:  # a damaged file can make a decoder fail in any way
-        raise InputError(f"{path}: not a readable image ({first_line(error)})") from None
 
 
 def read_label(path, image, table):
     """The label map of an image -> uint8 [H, W] of classes, by a value_table. Raises InputError."""
     height, width = image.shape[:2]
-    try:
-        with open_image(path) as file:
-            fits = file.size == (width, height) and file.mode in ("L", "P")
-            label = np.asarray(file) if fits else None
-    except Exception as error:
-        raise InputError(f"{path}: not a readable label map ({first_line(error)})") from None
+    with reading(path, "label map"), open_image(path) as file:
+        fits = file.size == (width, height) and file.mode in ("L", "P")
+        label = np.asarray(file) if fits else None
     if not fits:
         needed = f"{width}x{height} in mode L or P"
         raise InputError(f"{path}: is {file.width}x{file.height} in mode {file.mode}, not {needed}")
@@ -380,11 +383,8 @@ def split_commas(names):
 
 def read_lines(path):
     """The lines of a text file that are not empty, stripped. Raises InputError."""
-    try:
-        check_file(path)
+    with reading(path, "list"):
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not a readable list ({first_line(error)})") from None
     return [line.strip() for line in lines if line.strip()]
 
 
@@ -619,7 +619,7 @@ def collate(items):
 def open_pairs(specs, config, seed, workers=0, max_errors=0.01):
     """What --data names -> a list of sources, Datasets of Samples. Raises InputError.
 
-    specs: "synthetic"; a COCO captions JSON, TSV, CSV or JSONL, with "=FOLDER" for its images; tar
+    specs: "synthetic"; a list (COCO's JSON, or one of READERS), with "=FOLDER" for its images; tar
     shards, "cc3m/{00000..00331}.tar" or with * and ?, of which damage may take a share `max_errors`
     of the pairs. Each process indexes its share of the shards.
     """
@@ -634,7 +634,7 @@ def open_pairs(specs, config, seed, workers=0, max_errors=0.01):
         elif path.suffix.lower() in READERS:
             sources.append(open_list(path, Path(folder or path.parent), config))
         else:
-            kinds = "synthetic, CAPTIONS.json=FOLDER, LIST.tsv, .csv or .jsonl, or SHARDS.tar"
+            kinds = "synthetic, CAPTIONS.json=FOLDER, LIST.tsv, .csv, .txt or .jsonl, or SHARDS.tar"
             raise InputError(f"--data {spec}: not one of {kinds}")
     return sources
 
@@ -663,10 +663,9 @@ class Pairs(Dataset):
 
     def __getitem__(self, i):
         name, _, _, caption = self.row(i)
-        if not isinstance(caption, str) or not caption.strip():
-            raise SampleError("no caption", name)
-        if re.search("[\ud800-\udfff]", caption):  # bytes that are not UTF-8
-            raise SampleError("caption not in UTF-8", name)
+        # Surrogates stand for bytes that are not UTF-8.
+        if not isinstance(caption, str) or not re.fullmatch("[^\ud800-\udfff]+", caption.strip()):
+            raise SampleError("no caption in UTF-8", name)
         return Sample(self.image(i), None, name, caption, self.superpixels.read(i))
 
     def image(self, i):
@@ -739,18 +738,16 @@ def open_list(path, folder, config):
     rows = []
     missing = []
     is_file = functools.cache(os.path.isfile)
-    try:
-        check_file(path)
-        with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            for n, (name, caption) in enumerate(READERS[path.suffix.lower()](file), 1):
-                image = os.path.join(folder, str(name))
-                if is_file(image):
-                    rows.append((str(name), 0, 0, caption))
-                else:
-                    missing.append(f"{image} (row {n})")
-    except Exception as error:  # a file can hold anything
-        reason = f"{type(error).__name__}: {first_line(error)}"
-        raise InputError(f"{path}: not a readable list of pairs ({reason})") from None
+    with (
+        reading(path, "list of pairs"),
+        open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file,
+    ):
+        for n, (name, caption) in enumerate(READERS[path.suffix.lower()](file), 1):
+            image = os.path.join(folder, str(name))
+            if is_file(image):
+                rows.append((str(name), 0, 0, caption))
+            else:
+                missing.append(f"{image} (row {n})")
     if not rows:
         wrong = f"{missing[0]} does not exist, nor any other" if missing else "no pair in it"
         names = " and ".join("/".join(names) for names in COLUMNS)
@@ -860,8 +857,9 @@ def index_shard(path):
     The rows of a whole tar are kept as NAME.index beside it, if the folder is writable.
     """
     index = path.with_suffix(".index")
+    if not path.is_file():
+        return path, b"", "no such file"
     try:
-        check_file(path)
         stat = os.stat(path)
         stamp = b"rows of %d bytes, %d ns\n" % (stat.st_size, stat.st_mtime_ns)
         content = index.read_bytes() if index.is_file() else b""
@@ -1096,7 +1094,8 @@ class ImageFolder(LabelledImages):
             raise InputError(f"{path}: does not exist")
         self.words = words
         self.has_background = has_background
-        self.table = value_table(range(len(words) + has_background), ignored)
+        self.table = value_table(range(len(words) + has_background))
+        self.table[list(ignored)] = 255
         others = {Path(folder).resolve() for folder in (labels, output) if folder}
         files = [file for file in image_files(path) if others.isdisjoint(file.resolve().parents)]
         self.paths = files if path.is_dir() else [path]

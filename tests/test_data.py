@@ -376,3 +376,4 @@ def test_own_label_maps(tmp_path):
     assert_one_line(refused(ImageFolder(*how).__getitem__, 0), "value 7", "--ignore 7")
     labelled, other = ImageFolder(*how, ignored=[7, 11])
     assert labelled.label.tolist() == [[0, 1, 255], [255, 255, 1]] and other.label is None
+    assert ImageFolder(*how, ignored=[0, 7, 11])[0].label[0].tolist() == [255, 1, 255]
