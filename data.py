@@ -206,12 +206,10 @@ class SyntheticScenes:
         self.split = split
         self.key = [seed, ["train", "val", "unseen"].index(split)]
         self.name = "synthetic-unseen" if split == "unseen" else "synthetic"
-        count = 12_000 if split == "train" else 500  # an epoch; every index has a scene
-        self.names = [f"scene{i:05}" for i in range(count)]
         self.y, self.x = np.mgrid[:size, :size]
 
     def __len__(self):
-        return len(self.names)
+        return 12_000 if self.split == "train" else 500  # an epoch; every index has a scene
 
     def __getitem__(self, index):
         rng = np.random.RandomState([*self.key, index])
@@ -354,19 +352,17 @@ def resize_bilinear(image, height, width):
         blocks = image.reshape(height, 2, width, 2, -1)
         return ((blocks.sum(axis=(1, 3), dtype=np.uint16) + 2) >> 2).astype(np.uint8)
 
-    def neighbours(n_in, n_out):
+    def neighbours(n_in, n_out):  # of each output pixel: two input pixels, and weights in 11 bits
         position = ((np.arange(n_out) + 0.5) * (1 / (n_out / n_in)) - 0.5).astype(np.float32)
         first = np.floor(position)
+        weights = np.rint(2048 * np.stack([first + 1 - position, position - first]))
         before, after = ((first + i).clip(0, n_in - 1).astype(np.int64) for i in (0, 1))
-        return before, after, position - first
+        return before, after, weights.astype(np.int32)
 
-    def fixed_point(fraction):  # 11 bits
-        return np.rint(2048 * np.stack([1 - fraction, fraction])).astype(np.int32)
-
-    left, right, x = neighbours(image.shape[1], width)
-    a0, a1 = fixed_point(np.where(left == right, 0, x))[:, None, :, None]
-    above, below, y = neighbours(image.shape[0], height)
-    b0, b1 = fixed_point(y)[:, :, None, None]
+    left, right, weights = neighbours(image.shape[1], width)
+    a0, a1 = weights[:, None, :, None]
+    above, below, weights = neighbours(image.shape[0], height)
+    b0, b1 = weights[:, :, None, None]
 
     def stretched(rows):  # of the image -> int32 [height, width, 3]
         return (image[rows[:, None], left] * a0 + image[rows[:, None], right] * a1) >> 4
@@ -1122,12 +1118,18 @@ class ClassFolder(LabelledImages):
     def __init__(self, root):
         root = Path(root)
         folders = [path for path in sorted(root.glob("[!.]*")) if path.is_dir()]
+        if not folders:
+            raise InputError(f"{root}: no such folder, or no folder in it; it needs one per class")
         self.folders = [folder.name for folder in folders]
         self.words = [name.replace("_", " ") for name in self.folders]
-        files = [(path, c) for c, folder in enumerate(folders) for path in image_files(folder)]
-        if not files:
-            raise InputError(f"{root}: no such folder, or no folder in it with images of a class")
-        self.paths, self.labels = zip(*files)
+        self.paths = []
+        self.labels = []
+        for c, folder in enumerate(folders):
+            files = image_files(folder)
+            if not files:
+                raise InputError(f"{folder}: no image in it, and it is a class")
+            self.paths += files
+            self.labels += [c] * len(files)
         self.names = list(map(str, self.paths))
 
 
