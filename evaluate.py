@@ -9,11 +9,14 @@ python evaluate.py --classify photos --checkpoint pacl.pt        whole images, o
 
 import argparse
 import colorsys
+import contextlib
 import functools
 import itertools
 import json
+import math
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import traceback
@@ -25,7 +28,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from clip_loader import MODELS, fetch, load_model, load_tokenizer, sha256_of
 from data import (
@@ -130,6 +133,8 @@ def read_classes(words):
     Raises InputError.
     """
     classes = [[word] for word in split_commas(words)]
+    if not words.isprintable():
+        raise InputError(f"--words {words!r}: not one line of text; give the file itself")
     if words.endswith(".txt") or os.path.isfile(words):
         classes = [split_commas(line) for line in read_lines(words)]
     names = [synonyms[0].lower() for synonyms in classes if synonyms]
@@ -345,10 +350,10 @@ def entropy_background(cosines, class_of_word, scale, protocol):
     return (entropy > protocol.background_entropy)[None].to(cosines.dtype)
 
 
-def upsample(maps, size, patch, stride):
-    """Values of patches [B, C, rows, columns] -> of pixels [B, C, *size], each patch where it lies.
+def spread(maps, patch, stride):
+    """Values of patches [B, C, rows, columns] -> of points at equal distances that fill the image.
 
-    Patches that touch fill the image. With the stride trick they overlap: the outermost have their
+    Patches that touch do so already. With the stride trick they overlap: the outermost have their
     centers half a patch inside, and the margin repeats them.
     """
     if stride < patch:
@@ -356,20 +361,18 @@ def upsample(maps, size, patch, stride):
         maps = F.interpolate(maps, (stride * rows, stride * columns), mode="bilinear")
         margin = (patch - stride) // 2
         maps = F.pad(maps, 2 * (margin, patch - stride - margin), mode="replicate")
-    return F.interpolate(maps, size, mode="bilinear")
+    return maps
 
 
-def pixel_regions(encoding, size, grid, patch, stride):
-    """The region of each pixel -> [B, *size]; where patches are the regions, the nearest patch."""
-    if encoding.soft is not None:
-        soft = encoding.soft.float().transpose(1, 2)  # [B, N, L] -> [B, L, N]
-        soft = soft.unflatten(2, grid)  # [B, L, H/P, W/P]
-        return upsample(soft, size, patch, stride).argmax(dim=1)
-    device = encoding.regions.device
-    rows, columns = (torch.arange(n, device=device).float() for n in grid)
-    places = torch.stack(torch.meshgrid(rows, columns, indexing="ij"))[None]  # [1, 2, H/P, W/P]
-    row, column = upsample(places, size, patch, stride)[0].round().long()
-    return (row * grid[1] + column).expand(len(encoding.regions), -1, -1)
+def upsample(maps, size, patch, stride):
+    """Values of patches [B, C, rows, columns] -> of pixels [B, C, *size]."""
+    return F.interpolate(spread(maps, patch, stride), size, mode="bilinear")
+
+
+def pixel_regions(soft, size, grid, patch, stride):
+    """The region of each pixel, from the assignment of patches [B, N, L] -> [B, *size]."""
+    maps = soft.float().transpose(1, 2).unflatten(2, grid)  # [B, N, L] -> [B, L, H/P, W/P]
+    return upsample(maps, size, patch, stride).argmax(dim=1)
 
 
 def window_scores(encoding, text, class_of_word, scale, protocol):
@@ -389,31 +392,64 @@ def window_scores(encoding, text, class_of_word, scale, protocol):
     return scores
 
 
-def labels_by_regions(scores, class_of_word, scale, protocol):
-    """The mean of window_scores [channels, H, W] -> scores [C, H, W] and labels [H, W]."""
-    if protocol.background_entropy is not None:
-        scores, cosines = scores.tensor_split([len(protocol.classes)])
-        background = entropy_background(cosines, class_of_word, scale, protocol)
-        scores = torch.cat([background, scores])
-    # The softmax only changes ties, as in the authors' program.
-    return scores, scores.softmax(dim=0).argmax(dim=0)
-
-
-def labels_by_cosines(cosines, class_of_word, protocol):
-    """Cosines of the words [Q, H, W] -> probabilities [C, H, W], labels [H, W], as in SCLIP."""
-    scores = (protocol.logit_scale * cosines).softmax(dim=0).movedim(0, -1)
-    scores = max_over_synonyms(scores, class_of_word, len(protocol.classes)).movedim(-1, 0)
-    if protocol.background_entropy is not None:
+def class_scores(maps, class_of_word, scale, protocol):
+    """The channels of window_scores on pixels [channels, H, W] -> scores of classes [C, H, W]."""
+    num_classes = len(protocol.classes)
+    scores = cosines = maps
+    if protocol.scoring == "cosines":  # probabilities, as in SCLIP
         scale = protocol.logit_scale
+        scores = (scale * cosines).softmax(dim=0).movedim(0, -1)
+        scores = max_over_synonyms(scores, class_of_word, num_classes).movedim(-1, 0)
+    elif protocol.background_entropy is not None:
+        scores, cosines = maps.tensor_split([num_classes])
+    if protocol.background_entropy is not None:
         background = entropy_background(cosines, class_of_word, scale, protocol)
         scores = torch.cat([background, scores])
-    if protocol.area_threshold is not None:
-        area = torch.bincount(scores.argmax(dim=0).flatten(), minlength=len(scores))[1:]
-        scores[1:] *= (area > protocol.area_threshold * area.sum())[:, None, None]
+    return scores
+
+
+def choose_classes(scores, protocol):
+    """Scores of classes [C, H, W] -> labels uint8 [H, W]."""
+    if protocol.scoring == "regions":
+        # The softmax only changes ties, as in the authors' program.
+        return scores.softmax(dim=0).argmax(dim=0).byte()
     best, label = scores.max(dim=0)
     if protocol.background_threshold is not None:
         label[best < protocol.background_threshold] = 0
-    return scores, label
+    return label.byte()
+
+
+def drop_small_classes(parts, area_threshold):
+    """Scores [C, rows, W] of all parts of an image, without classes of too small an area."""
+    num_classes = len(parts[0])
+    area = sum(torch.bincount(x.argmax(dim=0).flatten(), minlength=num_classes) for x in parts)
+    keep = area > area_threshold * area[1:].sum()
+    keep[0] = True  # background
+    return [scores * keep[:, None, None] for scores in parts]
+
+
+def upsample_rows(maps, size, first, last):
+    """Rows first to last of F.interpolate(maps, size, mode="bilinear"): [B, C, last - first, W].
+
+    Up to rounding: this is the way in which most of torch's CPU kernels round.
+    """
+    height, width = size
+    if last - first == height:
+        return F.interpolate(maps, size, mode="bilinear")
+    scale = torch.tensor(maps.shape[2] / height, dtype=torch.float32).double()
+    y = (scale * (torch.arange(first, last) + 0.5) - 0.5).float().clamp(min=0)
+    above = y.long()
+    below = (above + 1).clamp(max=maps.shape[2] - 1)
+    weight = (y - above)[:, None].to(maps.device)  # of the row below
+    start = above[0].item()
+    maps = maps[:, :, start : below[-1] + 1]
+    maps = F.interpolate(maps, (maps.shape[2], width), mode="bilinear")
+    above = maps[:, :, (above - start).to(maps.device)]
+    below = maps[:, :, (below - start).to(maps.device)]
+    return torch.addcmul(below * weight, above, 1 - weight)
+
+
+PAMR_MARGIN = 11 * 16  # pixels that can change a pixel: ten iterations, and the deviation
 
 
 def pamr(scores, image, iterations=10, dilations=(8, 16)):
@@ -442,11 +478,14 @@ def pamr(scores, image, iterations=10, dilations=(8, 16)):
     return scores
 
 
+STRIP_NUMBERS = 2**24  # scores of pixels that are computed at a time: 64 MiB
+
+
 class Segmentation(NamedTuple):
     label: np.ndarray  # uint8 [H, W], at the image's own size
-    regions: np.ndarray  # [h, w] at the inference resolution; whole images at their own size
+    regions: np.ndarray | None  # [h, w]; None where patches are the regions
     seen: tuple  # h, w: the inference resolution
-    scores: torch.Tensor  # [C, H, W]
+    maps: torch.Tensor  # [channels, h, w], from which class_scores finds the scores of classes
     features: torch.Tensor  # [windows, E], image features
 
 
@@ -465,18 +504,11 @@ class Segmenter:
         self.patch = model.visual.patch_size
         self.stride = protocol.stride_trick or self.patch
 
-    def encode_batches(self, encoder, crops):
-        """Applies an encoder of the model to [n, 3, h, w], in mini-batches -> list of results."""
-        visual = self.model.visual
-        visual.stride = self.stride
-        with torch.autocast(crops.device.type, torch.bfloat16, enabled=self.bf16):
-            parts = [encoder(batch) for batch in crops.split(self.batch_size)]
-        visual.stride = self.patch
-        return parts
-
     def encode(self, crops):
-        """[n, 3, h, w] -> ImageEncoding of all."""
-        parts = self.encode_batches(self.model.encode_image, crops)
+        """[n, 3, h, w], in mini-batches -> ImageEncoding of all."""
+        self.model.visual.stride = self.stride
+        with torch.autocast(crops.device.type, torch.bfloat16, enabled=self.bf16):
+            parts = [self.model.encode_image(batch) for batch in crops.split(self.batch_size)]
         fields = [None if field[0] is None else torch.cat(field) for field in zip(*parts)]
         return type(parts[0])(*fields)
 
@@ -512,50 +544,75 @@ class Segmenter:
     def finish(self, waiting, crops):
         """(sample, image [3, h, w], starts of its windows) ..., and the windows of all of them."""
         crops = torch.stack(crops)
-        grid = [(n - self.patch) // self.stride + 1 for n in crops.shape[-2:]]
         encoding = self.encode(crops)
+        grid = self.model.visual.grid(*crops.shape[-2:])
         scores = window_scores(encoding, self.text, self.class_of_word, self.scale, self.protocol)
+        channels = scores.shape[2]
         window = self.protocol.window
-        # As in NACLIP, the map of a whole image is upsampled to the image's own size in one step.
-        size = (window, window) if window else waiting[0][0].image.shape[:2]
-        regions = pixel_regions(encoding, size, grid, self.patch, self.stride)  # [n, *size]
+        size = (window, window) if window else waiting[0][1].shape[1:]
+        how = self.patch, self.stride
+        if encoding.soft is not None:
+            regions = pixel_regions(encoding.soft, size, grid, *how)  # [n, *size]
         first = 0
         for sample, image, starts in waiting:
             seen = tuple(image.shape[1:])
-            canvas = scores.new_zeros(scores.shape[2], *(seen if window else size))
-            count = scores.new_zeros(canvas.shape[1:])
-            region_map = regions.new_zeros(canvas.shape[1:])
+            maps = scores.new_zeros(channels, *seen)
+            count = scores.new_zeros(seen)
+            region_map = None if encoding.soft is None else torch.zeros_like(count, dtype=torch.int)
             for i, (y, x) in enumerate(starts, first):
                 place = (..., slice(y, y + size[0]), slice(x, x + size[1]))
                 if encoding.soft is None:  # the regions are patches: interpolate between them
-                    maps = scores[i].T.unflatten(1, grid)[None]  # [1, channels, rows, columns]
-                    canvas[place] += upsample(maps, size, self.patch, self.stride)[0]
+                    patches = scores[i].T.unflatten(1, grid)[None]  # [1, channels, rows, columns]
+                    maps[place] += upsample(patches, size, *how)[0]
                 else:
-                    canvas[place] += scores[i][regions[i]].permute(2, 0, 1)  # [channels, h, w]
+                    maps[place] += scores[i][regions[i]].permute(2, 0, 1)  # [channels, h, w]
+                    region_map[place] = regions[i] + (i - first) * scores.shape[1]
                 count[place] += 1
-                region_map[place] = regions[i] + (i - first) * scores.shape[1]
+            maps = maps / count
+            if not window and encoding.soft is None:
+                # As in NACLIP, patches are upsampled to the image's own size in one step.
+                maps = spread(patches, *how)[0]
             features = encoding.features[first : first + len(starts)]
             first += len(starts)
-            pixels, label = self.label(canvas / count, sample.image, image)
-            label = label.byte().cpu().numpy()
-            yield sample, Segmentation(label, region_map.cpu().numpy(), seen, pixels, features)
+            label = self.label(maps, sample.image, image).cpu().numpy()
+            if region_map is not None:
+                region_map = region_map.cpu().numpy()
+            yield sample, Segmentation(label, region_map, seen, maps, features)
 
-    def label(self, scores, original, image):
-        """Scores at any size -> scores [C, H, W] and labels [H, W] at the original size.
+    def label(self, maps, original, image):
+        """Maps [channels, h, w] -> labels uint8 [H, W] at the original size.
 
         original: uint8 [H, W, 3]. image: [3, h, w], as the model saw it.
         """
-        size = original.shape[:2]
-        scores = F.interpolate(scores[None], size, mode="bilinear")[0]
-        if self.protocol.refine:
-            guide = torch.tensor(original, device=image.device).permute(2, 0, 1).float()
-            if self.protocol.scoring == "cosines":
+        labels = []
+        parts = self.scores_by_rows(maps, original, image)
+        if self.protocol.area_threshold is not None:
+            parts = drop_small_classes(list(parts), self.protocol.area_threshold)
+        for scores in parts:
+            labels.append(choose_classes(scores, self.protocol))
+        return torch.cat(labels)
+
+    def scores_by_rows(self, maps, original, image):
+        """Yields the scores of classes [C, rows, W] at the original size, a few rows at a time.
+
+        So the memory does not depend on the image's own size.
+        """
+        size = height, width = original.shape[:2]
+        margin = PAMR_MARGIN if self.protocol.refine else 0
+        rows = max(1, STRIP_NUMBERS // (len(maps) * width))
+        for first in range(0, height, rows):
+            last = min(first + rows, height)
+            top = max(first - margin, 0)
+            bottom = min(last + margin, height)
+            scores = upsample_rows(maps[None], size, top, bottom)[0]
+            if self.protocol.scoring == "cosines" and self.protocol.refine:
                 # SCLIP and NACLIP enlarge the reduced image again.
-                guide = F.interpolate(image[None], size, mode="bilinear")[0]
-            scores = pamr(scores, guide)
-        if self.protocol.scoring == "cosines":
-            return labels_by_cosines(scores, self.class_of_word, self.protocol)
-        return labels_by_regions(scores, self.class_of_word, self.scale, self.protocol)
+                scores = pamr(scores, upsample_rows(image[None], size, top, bottom)[0])
+            elif self.protocol.refine:
+                guide = torch.tensor(original[top:bottom], device=image.device)
+                scores = pamr(scores, guide.permute(2, 0, 1).float())
+            scores = scores[:, first - top : last - top]
+            yield class_scores(scores, self.class_of_word, self.scale, self.protocol)
 
 
 def load_image(dataset, protocol, patch, index):
@@ -568,11 +625,28 @@ def load_image(dataset, protocol, patch, index):
     return sample, resize_bilinear(sample.image, *size)
 
 
-def load_images(segmenter, dataset, indices, workers, show_progress=False):
-    """(sample, resized image) of these indices, read by worker processes."""
-    load = functools.partial(load_image, dataset, segmenter.protocol, segmenter.patch)
+def load_images(segmenter, dataset, indices, workers, show_progress=False, unreadable=None):
+    """Yields (sample, resized image) of these indices, read by worker processes.
+
+    Those that cannot be read are appended to the list `unreadable`, and the first three named.
+    """
+    load = functools.partial(try_to_load, dataset, segmenter.protocol, segmenter.patch)
     images = parallel_map(load, indices, workers)
-    return progress(images, len(indices), "images") if show_progress else images
+    for image in progress(images, len(indices), "images") if show_progress else images:
+        if isinstance(image, str):
+            unreadable.append(image)
+            if len(unreadable) <= 3:
+                print(image, file=sys.stderr)
+        else:
+            yield image
+
+
+def try_to_load(*arguments):
+    """load_image, or what is wrong with the image."""
+    try:
+        return load_image(*arguments)
+    except InputError as error:
+        return str(error)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -628,19 +702,21 @@ def sum_over_processes(counts, device):
 
 
 def evaluate(segmenter, dataset, output=None, limit=None, workers=2):
-    """Labels a data set, each process its share -> metrics on process 0; None without label maps.
+    """Labels a data set, each process its share -> on the first process its metrics, else {}.
 
     output: a folder for predictions/NAME.png and examples.png, or None. limit: only the first
-    images.
+    images. "images" counts those with a label map, without which there is no mIoU; "unreadable"
+    those that were left out.
     """
     rank, world = rank_and_world()
     names = class_names(dataset, segmenter.protocol)
     colours = palette(len(names))
     confusion = Confusion(len(names))
     labelled = 0
+    unreadable = []
     examples = []
     indices = range(len(dataset))[:limit][rank::world]
-    images = load_images(segmenter, dataset, indices, workers, show_progress=rank == 0)
+    images = load_images(segmenter, dataset, indices, workers, rank == 0, unreadable)
     for sample, result in segmenter(images):
         if output:
             save_label(output / "predictions" / f"{sample.name}.png", result.label, colours)
@@ -651,15 +727,16 @@ def evaluate(segmenter, dataset, output=None, limit=None, workers=2):
             examples.append((sample.image, sample.label, result.regions, result.label))
     device = segmenter.text.device
     confusion.counts = sum_over_processes(confusion.counts, device)
-    labelled = int(sum_over_processes([labelled], device)[0])
+    counts = sum_over_processes([labelled, len(unreadable)], device).tolist()
     if rank:
-        return None
-    if output:
+        return {}
+    if output and examples:
         draw_examples(examples, names, colours, output / "examples.png")
-    if not labelled:
-        return None
+    metrics = dict(zip(("images", "unreadable"), counts))
+    if not metrics["images"]:
+        return metrics
     iou = {name: None if np.isnan(x) else float(x) for name, x in zip(names, confusion.iou())}
-    return confusion.summary() | {"IoU": iou, "images": labelled}
+    return confusion.summary() | {"IoU": iou} | metrics
 
 
 def class_names(dataset, protocol):
@@ -690,12 +767,13 @@ def image_scores(model, encoding, text):
 
 @torch.inference_mode()
 def classify(segmenter, dataset, limit=None, workers=2):
-    """Zero-shot classification of a ClassFolder -> metrics on process 0."""
+    """Zero-shot classification of a ClassFolder -> on the first process its metrics, else {}."""
     rank, world = rank_and_world()
     num_classes = len(dataset.words)
     counts = np.zeros((3, num_classes), np.int64)  # images of a class, top-1 correct, top-5 correct
+    unreadable = []
     indices = range(len(dataset))[:limit][rank::world]
-    images = iter(load_images(segmenter, dataset, indices, workers, show_progress=rank == 0))
+    images = load_images(segmenter, dataset, indices, workers, rank == 0, unreadable)
     while batch := list(itertools.islice(images, segmenter.batch_size)):
         samples, crops = zip(*batch)
         image = torch.as_tensor(np.stack(crops), device=segmenter.text.device)
@@ -705,19 +783,17 @@ def classify(segmenter, dataset, limit=None, workers=2):
         top = scores.topk(min(5, num_classes)).indices.cpu().numpy()  # [B, 5]
         for sample, best in zip(samples, top):
             counts[:, sample.label] += [1, best[0] == sample.label, sample.label in best]
-    counts = sum_over_processes(counts, segmenter.text.device)
-    if rank:
-        return None
+    device = segmenter.text.device
+    counts = sum_over_processes(counts, device)
+    left_out = sum_over_processes([len(unreadable)], device).item()
     total, top_1, top_5 = counts.sum(axis=1).tolist()
+    if rank or not total:
+        return {}
     accuracy = {}
     for name, (number, correct, _) in zip(dataset.folders, counts.T.tolist()):
         accuracy[name] = correct / number if number else None
-    return {
-        "top-1": top_1 / total,
-        "top-5": top_5 / total,
-        "accuracy": accuracy,
-        "images": total,
-    }
+    metrics = {"top-1": top_1 / total, "top-5": top_5 / total, "accuracy": accuracy}
+    return metrics | {"images": total, "unreadable": left_out}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -740,82 +816,118 @@ def palette(n):
     return np.array(colours).astype(np.uint8)
 
 
-def legend(draw, box, entries, font):
-    """Draws swatches with words, row by row, in box = (left, top, right) -> bottom."""
-    left, top, right = box
-    side = font.size
-    x = left
-    y = top
-    for colour, word in entries:
-        width = 2.4 * side + draw.textlength(word, font)
-        if x > left and x + width > right:
-            x = left
-            y += 1.5 * side
-        draw.rectangle((x, y, x + side, y + side), tuple(int(v) for v in colour), "black")
-        draw.text((x + 1.4 * side, y + side / 2), word, "black", font, anchor="lm")
-        x += width
-    return int(y + 2 * side)
+# Fonts of Linux, macOS and Windows, for words that Pillow's own font cannot write.
+FONTS = ("DejaVuSans.ttf", "NotoSansCJK-Regular.ttc", "Arial Unicode.ttf", "msyh.ttc", "arial.ttf")
+
+
+def font_for(words, size):
+    """A font with every letter of the words; Pillow's own, and a warning, if there is none."""
+    letters = {letter for word in words for letter in word if not letter.isspace()}
+    fonts = [ImageFont.load_default(size)]
+    for name in FONTS:
+        with contextlib.suppress(OSError):  # this system does not have it
+            fonts.append(ImageFont.truetype(name, size))
+    for font in fonts:
+        no_letter = bytes(font.getmask("\uffff"))
+        if all(bytes(font.getmask(letter)) != no_letter for letter in letters):
+            return font
+    print("some words are drawn as boxes: no font with all of their letters", file=sys.stderr)
+    return fonts[0]
 
 
 def with_legend(image, entries):
-    """The image with a legend below it: (colour, word) ..."""
-    font = ImageFont.load_default(max(12, image.width // 50))
-    draw = ImageDraw.Draw(Image.new("RGB", (1, 1)))
-    widest = max(3.4 * font.size + draw.textlength(word, font) for _, word in entries)
-    width = max(image.width, int(widest))
-    box = (font.size // 2, image.height + font.size // 2, width)
-    sheet = Image.new("RGB", (width, legend(draw, box, entries, font)), "white")
+    """The image with a legend below it: (colour, word) ..., in columns."""
+    words = [word for _, word in entries]
+    font = font_for(words, max(12, image.width // 50))
+    side = font.size
+    column = int(3 * side + max(font.getlength(word) for word in words))
+    columns = max(1, image.width // column)
+    rows = math.ceil(len(entries) / columns)
+    height = image.height + (3 * rows + 1) * side // 2
+    sheet = Image.new("RGB", (max(image.width, column), height), "white")
     sheet.paste(image)
-    legend(ImageDraw.Draw(sheet), box, entries, font)
+    draw = ImageDraw.Draw(sheet)
+    for n, (colour, word) in enumerate(entries):
+        x = side // 2 + n % columns * column
+        y = image.height + side // 2 + n // columns * side * 3 // 2
+        draw.rectangle((x, y, x + side, y + side), tuple(map(int, colour)), "black")
+        draw.text((x + 1.4 * side, y + side / 2), word, "black", font, anchor="lm")
     return sheet
 
 
-def grey(image):
-    return np.asarray(Image.fromarray(image).convert("L"))
+def picture_of(image, longest=2048):
+    """uint8 [H, W, 3] -> a PIL image whose long side has at most so many pixels."""
+    picture = Image.fromarray(image)
+    picture.thumbnail((longest, longest))
+    return picture
+
+
+def enlarge(values, size):
+    """An array [h, w, ...] -> with the size (W, H) of a PIL image, the nearest value each."""
+    return np.asarray(Image.fromarray(values).resize(size, Image.NEAREST))
 
 
 def overlay(image, label, colours):
-    """The colours of the labels over the grey image, with white outlines."""
+    """The colours of the labels over the grey image, with white outlines -> a PIL image."""
     from skimage.segmentation import find_boundaries  # here, since it takes a while to load
 
-    mixed = 0.5 * grey(image)[..., None] + 0.5 * colours[label]
-    mixed[find_boundaries(label, mode="inner")] = 255
-    return Image.fromarray(mixed.astype(np.uint8))
+    picture = picture_of(image)
+    label = Image.fromarray(label).resize(picture.size, Image.NEAREST)
+    colour = Image.fromarray(colours[np.asarray(label)])
+    mixed = np.array(Image.blend(picture.convert("L").convert("RGB"), colour, 0.5))
+    smooth = label.filter(ImageFilter.ModeFilter(5))  # single pixels have no outline
+    mixed[find_boundaries(np.asarray(smooth), mode="inner")] = 255
+    return Image.fromarray(mixed)
 
 
-def heat(image, scores):
-    """Scores [H, W] of one word over the grey image: from dark (lowest) through red to yellow."""
-    scores = (scores - scores.min()) / max(np.ptp(scores), 1e-9)
-    dark = 0.4 * grey(image)
+def heat(image, scores, word):
+    """Scores [h, w] over the grey image: from dark (lowest) through red to yellow, with legend."""
+    picture = picture_of(image)
+    low, high = scores.min(), scores.max()
+    scores = (scores - low) / max(high - low, 1e-9)
+    scores = Image.fromarray(scores.astype(np.float32)).resize(picture.size, Image.BILINEAR)
+    scores = np.asarray(scores)
+    dark = 0.4 * np.asarray(picture.convert("L"))
     red = dark + (255 - dark) * (2 * scores).clip(max=1)
     green = dark + (230 - dark) * (2 * scores - 1).clip(min=0)
-    return Image.fromarray(np.stack([red, green, dark * (1 - scores)], -1).astype(np.uint8))
+    mixed = np.stack([red, green, dark * (1 - scores)], axis=-1).astype(np.uint8)
+    entries = [((50, 50, 50), f"{word}: {low:.3g}"), ((255, 230, 0), f"{high:.3g}")]
+    return with_legend(Image.fromarray(mixed), entries)
 
 
-def draw_examples(examples, words, colours, path, side=160):
-    """One row per example (image, label or None, regions, prediction)."""
-    margin = 8
-    head = 24
-    step = side + margin
-    sheet = Image.new("RGB", (margin + 4 * step, head + len(examples) * step), "white")
-    draw = ImageDraw.Draw(sheet)
-    for column, title in enumerate(("image", "ground truth", "regions", "result")):
-        draw.text((margin + column * step, 5), title, "black", ImageFont.load_default(13))
-    used = set()
+def draw_examples(examples, words, colours, path, width=200):
+    """One row per example: (image, label or None, regions or None, prediction)."""
+    titles = ["image", "ground truth", "regions", "result"]
+    columns = [c for c in range(4) if any(example[c] is not None for example in examples)]
     colours = np.vstack([colours, np.full((256 - len(colours), 3), 255, np.uint8)])  # 255 is white
-    for row, (image, label, regions, prediction) in enumerate(examples):
-        columns = [image, None, palette(64)[regions % 64], colours[prediction]]
-        used |= set(prediction.flat)
-        if label is not None:
-            columns[1] = colours[label]
-            used |= set(label.flat)
-        for column, pixels in enumerate(columns):
-            if pixels is not None:
-                tile = Image.fromarray(pixels)
-                scale = side / max(tile.size)
-                tile = tile.resize([max(1, round(n * scale)) for n in tile.size], Image.NEAREST)
-                sheet.paste(tile, (margin + column * step, head + row * step))
-    with_legend(sheet, [(colours[c], words[c]) for c in sorted(used - {255})]).save(path)
+    margin = 8
+    used = set()
+    rows = []
+    for image, label, regions, prediction in examples:
+        height = min(max(1, round(width * image.shape[0] / image.shape[1])), 2 * width)
+        size = (width, height)
+        tiles = [Image.fromarray(image).resize(size), None, None, None]
+        for column, numbers in ((1, label), (3, prediction)):
+            if numbers is not None:
+                tiles[column] = Image.fromarray(colours[enlarge(numbers, size)])
+                used |= set(np.unique(numbers))
+        if regions is not None:
+            regions = palette(64)[regions % 64]
+            tiles[2] = Image.fromarray(enlarge(regions, size))
+        rows.append(tiles)
+    heights = [tiles[0].height + margin for tiles in rows]
+    sheet = Image.new("RGB", (margin + len(columns) * (width + margin), 24 + sum(heights)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for n, column in enumerate(columns):
+        x = margin + n * (width + margin)
+        draw.text((x, 5), titles[column], "black", ImageFont.load_default(14))
+        for row, tiles in enumerate(rows):
+            if tiles[column]:
+                sheet.paste(tiles[column], (x, 24 + sum(heights[:row])))
+    entries = [(colours[c], words[c]) for c in sorted(used - {255})]
+    if 255 in used:
+        entries.append((colours[255], "not scored"))
+    with_legend(sheet, entries).save(path)
 
 
 def save_label(path, label, colours):
@@ -829,29 +941,30 @@ def save_label(path, label, colours):
 
 def show_image(segmenter, dataset, output, with_heat):
     """Writes overlay, labels and regions of a data set's one image; prints the classes' shares."""
-    images = load_images(segmenter, dataset, [0], workers=0)
+    images = [load_image(dataset, segmenter.protocol, segmenter.patch, 0)]
     ((sample, result),) = segmenter(images)
     words = class_names(dataset, segmenter.protocol)
     colours = palette(len(words))
-    share = np.bincount(result.label.ravel(), minlength=len(words)) / result.label.size
+    share = 100 * np.bincount(result.label.ravel(), minlength=len(words)) / result.label.size
     present = [c for c in np.argsort(-share) if share[c] > 0]
     for c in present:
-        print(f"{words[c]:>20}  {100 * share[c]:5.1f} %")
-    entries = [(colours[c], f"{words[c]} {100 * share[c]:.0f} %") for c in present]
-    regions = Image.fromarray(palette(64)[result.regions % 64])
-    files = {
-        "overlay": with_legend(overlay(sample.image, result.label, colours), entries),
-        "regions": regions.resize(result.label.shape[::-1], Image.NEAREST),
-    }
+        print(f"{words[c]:>20}  {share[c]:5.1f} %")
+    entries = [(colours[c], f"{words[c]} {share[c]:.1f} %") for c in present]
+    files = {"overlay": with_legend(overlay(sample.image, result.label, colours), entries)}
+    if result.regions is not None:
+        regions = palette(64)[result.regions % 64]
+        size = picture_of(sample.image).size
+        files["regions"] = Image.fromarray(enlarge(regions, size))
     if with_heat:
+        how = segmenter.class_of_word, segmenter.scale, segmenter.protocol
+        scores = class_scores(result.maps, *how).float().cpu().numpy()
         for c, word in enumerate(words):
             letters = "".join(letter if letter.isalnum() else "_" for letter in word)
-            scores = result.scores[c].cpu().numpy()
-            files[f"heat_{c}_{letters[:60]}"] = heat(sample.image, scores)
+            files[f"heat_{c}_{letters[:60]}"] = heat(sample.image, scores[c], word)
     paths = {name: output / f"{sample.name}_{name}.png" for name in ("labels", *files)}
     save_label(paths["labels"], result.label, colours)
-    for name, image in files.items():
-        image.save(paths[name])
+    for name, picture in files.items():
+        picture.save(paths[name])
     print(f"wrote {', '.join(map(str, paths.values()))}")
 
 
@@ -925,8 +1038,10 @@ def run_program(main, if_interrupted):
         # The message of a worker's exception is its whole traceback; the last line is the error.
         lines = (str(error).strip() or type(error).__name__).splitlines()
         complaint = lines[-1].removeprefix("model.InputError: ")
-    except Exception:
+    except Exception as error:
         complaint = traceback.format_exc().rstrip()
+        if re.match(r"DataLoader worker .* (killed|exited)", str(error)):
+            complaint = "a worker process was killed; is there enough memory for --workers?"
     finally:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or torch complains about the workers' end
         for worker in multiprocessing.active_children():
@@ -1165,10 +1280,9 @@ def main(argv=None):
     protocol = "classify" if args.classify else args.protocol
     how = protocol, classes, args.batch_size, args.precision == "bf16"
     segmenter = open_segmenter(model.to(device), tokenizer, dataset, *how, **changes)
-    protocol = segmenter.protocol
     output.mkdir(parents=True, exist_ok=True)
     if rank == 0 and source not in DATASETS:
-        warn_of_unknown_words(tokenizer, protocol.classes)
+        warn_of_unknown_words(tokenizer, segmenter.protocol.classes)
     if args.image:
         if rank == 0:
             show_image(segmenter, dataset, output, args.heat)
@@ -1179,15 +1293,15 @@ def main(argv=None):
         metrics = evaluate(segmenter, dataset, output, args.limit, args.workers)
     if rank:
         return
-    if metrics:
+    if metrics.get("images"):
         metrics["checkpoint_sha256"] = sha256_of(checkpoint_path(args.checkpoint))
-        metrics["protocol"] = vars(protocol)
+        metrics["protocol"] = vars(segmenter.protocol)
         metrics["flags"] = {name: value for name, value in vars(args).items() if value is not None}
         (output / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
         report(metrics)
-    elif args.labels_dir:
-        print(f"{args.labels_dir}: no label map has the name of an image", file=sys.stderr)
     print(f"wrote {output}", file=sys.stderr)
+    if metrics.get("unreadable"):
+        raise InputError(f"{metrics['unreadable']} images are left out, which cannot be read")
 
 
 if __name__ == "__main__":

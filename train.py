@@ -863,7 +863,7 @@ class Scorer:
         segmenter = evaluate.open_segmenter(model, self.state.tokenizer, self.dataset)
         metrics = evaluate.evaluate(segmenter, self.dataset, workers=self.workers)
         model.train()
-        if metrics is None:  # not the first process
+        if not metrics:  # not the first process
             return
         print(f"step {self.state.step}  mIoU {100 * metrics['mIoU']:.2f} %", flush=True)
         metrics["dataset"] = self.dataset.name

@@ -71,21 +71,23 @@ class Oracles:
         self.confusions["patches"].add(
             majority(patches, result.label), np.where(label == 255, 255, best)
         )
-        regions = majority(nearest(result.regions, label.shape), label)
-        self.confusions["names perfect"].add(regions, label)
-        self.regions.append(len(np.unique(result.regions)))
+        regions = patches if result.regions is None else nearest(result.regions, label.shape)
+        self.confusions["names perfect"].add(majority(regions, label), label)
+        self.regions.append(len(np.unique(regions)))
 
-        classes = [c for c in np.unique(label) if c < len(result.scores)]
+        how = self.segmenter.class_of_word, self.segmenter.scale, self.segmenter.protocol
+        scores = evaluate.class_scores(result.maps, *how)  # [C, h, w]
+        classes = [c for c in np.unique(label) if c < len(scores)]
         named = label.copy()
         for c in classes:
-            segment = torch.as_tensor(label == c, device=result.scores.device)
-            name = result.scores[:, segment].mean(dim=1).argmax().item()
-            named[label == c] = name
-            self.right_names.append(name == c)
+            segment = torch.as_tensor(nearest(label == c, scores.shape[1:]), device=scores.device)
+            if segment.any():
+                named[label == c] = scores[:, segment].mean(dim=1).argmax().item()
+            self.right_names.append(bool((named[label == c] == c).all()))
         self.confusions["grouping perfect"].add(named, label)
 
         num_words = len(self.segmenter.protocol.classes)
-        first = len(result.scores) - num_words  # 1 where background has no word
+        first = len(scores) - num_words  # 1 where background has no word
         feature = F.normalize(result.features.float(), dim=-1)  # [windows, E]
         scores = feature @ self.segmenter.text.T
         scores = max_over_synonyms(scores, self.segmenter.class_of_word, num_words).amax(dim=0)
@@ -182,7 +184,8 @@ def pairs_of_patches(segmenter, images):
         y, x = spans
         crop = torch.as_tensor(resized[y[:, None], x], device=segmenter.text.device)
         crop = normalise(crop.permute(2, 0, 1))[None]
-        (token,) = segmenter.encode_batches(segmenter.model.patch_tokens, crop)
+        segmenter.model.visual.stride = segmenter.stride
+        token = segmenter.model.patch_tokens(crop)
         (height, width), (h, w) = sample.label.shape, resized.shape[:2]
         rows = (2 * y + 1) * height // (2 * h)  # the label map has the image's own size
         columns = (2 * x + 1) * width // (2 * w)

@@ -32,6 +32,7 @@ def test_oracles_by_hand():
     protocol = protocol_for(classes=[["a"], ["b"], ["c"]], top_k=1)
     segmenter = SimpleNamespace(protocol=protocol, patch=2, model=None, text=torch.eye(3))
     segmenter.class_of_word = torch.arange(3)
+    segmenter.scale = 1.0
     oracles = Oracles(3, segmenter, None)
     # Correct in three patches of four:
     result = np.array([[0, 0, 0, 1], [0, 0, 1, 1], [0, 0, 0, 0], [0, 0, 0, 1]], np.uint8)

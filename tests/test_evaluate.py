@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import GOLDEN, TINY, recorder
 from PIL import Image
 
 import evaluate
 from clip_loader import Tokenizer, load_model, load_tokenizer, save_checkpoint
-from conftest import GOLDEN, TINY, recorder
 from data import BENCHMARKS, VOC, Sample, SegmentationFolder, SyntheticScenes, normalise
 from evaluate import (
     Confusion,
@@ -26,15 +26,17 @@ from evaluate import (
     Segmenter,
     add_background,
     center_crop,
+    choose_classes,
     choose_protocol,
+    class_scores,
+    drop_small_classes,
     inference_size,
-    labels_by_cosines,
-    labels_by_regions,
     load_image,
     pamr,
     pixel_regions,
     region_scores,
     upsample,
+    upsample_rows,
     window_starts,
     with_legend,
 )
@@ -85,10 +87,8 @@ def test_region_scores_by_hand():
 
 def test_pixels_of_regions_and_patches_by_hand():
     """Where each patch is a region of its own, scores are interpolated between them."""
-    assert pixel_regions(encoding_by_hand(), (4, 4), (2, 2), 2, 2).tolist() == [[[0, 0, 1, 1]] * 4]
-    encoding = ImageEncoding(None, torch.zeros(1, 4, 2))
-    regions = pixel_regions(encoding, (4, 4), (2, 2), 2, 2)
-    assert regions.tolist() == [[[0, 0, 1, 1]] * 2 + [[2, 2, 3, 3]] * 2]
+    soft = encoding_by_hand().soft
+    assert pixel_regions(soft, (4, 4), (2, 2), 2, 2).tolist() == [[[0, 0, 1, 1]] * 4]
     scores = torch.tensor([[0.0, 4.0], [1.0, 4.0], [0.0, 4.0], [1.0, 4.0]])  # [L, channels]
     between = upsample(scores.T.view(1, 2, 2, 2), (4, 4), 2, 2)[0]
     assert between.tolist() == [[[0, 0.25, 0.75, 1]] * 4, [[4] * 4] * 4]
@@ -106,10 +106,6 @@ def test_the_map_of_the_stride_trick_lies_where_its_patches_lie():
         # The margin repeats the outermost patch, and has no center.
         assert (left == row[0]).all() and (right == row[-1]).all()
         assert abs((row * position[6:-6]).sum() / row.sum() - (7.5 + 4 * k)) < 0.5, k
-    encoding = ImageEncoding(None, torch.zeros(1, 53 * 53, 2))
-    regions = pixel_regions(encoding, (224, 224), (53, 53), 16, 4)[0]
-    nearest = ((position - 7.5) / 4).round().clamp(0, 52).long()
-    assert torch.equal(regions, nearest[:, None] * 53 + nearest)
 
 
 def test_background_by_hand():
@@ -135,7 +131,12 @@ def test_labels_by_cosines_by_hand():
     def label(**changes):
         protocol = protocol_for("cosines", classes=classes, logit_scale=1.0, **changes)
         cosines = torch.log(p / 10)[:, None]
-        return labels_by_cosines(cosines, torch.tensor([0, 0, 1, 2]), protocol)
+        scores = class_scores(cosines, torch.tensor([0, 0, 1, 2]), 1.0, protocol)
+        parts = [scores[..., :3], scores[..., 3:]]  # the area is that of all parts together
+        if protocol.area_threshold is not None:
+            parts = drop_small_classes(parts, protocol.area_threshold)
+        labels = [choose_classes(part, protocol) for part in parts]
+        return scores, torch.cat(labels, dim=1)
 
     scores, labels = label()
     expected = [[0.25, 0.3, 0.2, 0.1], [0.25, 0.1, 0.6, 0.7], [0.25, 0.4, 0.1, 0.1]]
@@ -164,11 +165,11 @@ def test_background_by_entropy_by_hand(scoring):
     ):
         fields = {"classes": [["x", "y"], ["a"]], "logit_scale": 10.0}
         protocol = protocol_for(scoring, **fields, background_entropy=threshold)
-        if scoring == "cosines":
-            scores, label = labels_by_cosines(cosines, class_of_word, protocol)
-        else:
-            both = torch.cat([torch.stack([p[:2].amax(dim=0), p[2]])[:, None], cosines])
-            scores, label = labels_by_regions(both, class_of_word, 10.0, protocol)
+        maps = cosines
+        if scoring == "regions":
+            maps = torch.cat([torch.stack([p[:2].amax(dim=0), p[2]])[:, None], cosines])
+        scores = class_scores(maps, class_of_word, 10.0, protocol)
+        label = choose_classes(scores, protocol)
         assert label.tolist() == [expected] and scores.shape == (3, 1, 4)
         assert (scores[0, 0] == (torch.tensor(expected) == 0)).all()
 
@@ -216,9 +217,9 @@ def segment_stripes(samples, protocol, batch_size=16):
 def test_windows_are_put_back_where_they_came_from(shape, window, scoring, stride):
     """Whatever the size, each half is labelled to within a patch of the border."""
     protocol = protocol_for(scoring, logit_scale=40, window=window, stride=stride)
-    [(label, regions, size, scores, _)] = segment_stripes([halves(shape)], protocol)
-    assert label.shape == shape and min(size) == 16 and scores.shape == (2, *shape)
-    assert regions.shape == (size if window else shape)
+    [(label, regions, size, maps, _)] = segment_stripes([halves(shape)], protocol)
+    assert label.shape == shape and min(size) == 16
+    assert regions.shape == size and maps.shape == (2, *size)
     label = label if shape[0] > shape[1] else label.T
     half = len(label) // 2
     border = -(-4 * min(shape) // 16)
@@ -232,6 +233,29 @@ def test_batches_of_windows_change_nothing():
         found = segment_stripes(samples, protocol_for(), batch_size)
         results.append([(result.label.tolist(), result.regions.tolist()) for result in found])
     assert results[0] == results[1] == results[2]
+
+
+@pytest.mark.parametrize("channels, size", [(1, (37, 50)), (5, (333, 90)), (21, (20, 300))])
+def test_rows_are_those_of_the_whole_map(channels, size):
+    maps = torch.randn(1, channels, 28, 40, generator=torch.Generator().manual_seed(0))
+    rows = [upsample_rows(maps, size, y, min(y + 7, size[0])) for y in range(0, size[0], 7)]
+    whole = F.interpolate(maps, size, mode="bilinear")
+    torch.testing.assert_close(torch.cat(rows, dim=2), whole, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("changes", [{}, {"refine": "pamr"}, {"area_threshold": 0.4}])
+@pytest.mark.parametrize("scoring", ["regions", "cosines"])
+def test_an_image_in_strips_has_the_labels_of_the_whole(scoring, changes, monkeypatch):
+    if scoring == "regions" and "area_threshold" in changes:
+        pytest.skip("by cosines only")
+    rng = np.random.RandomState(0)
+    blocks = rng.randint(0, 256, (20, 12, 3)).repeat(40, axis=0).repeat(11, axis=1)
+    sample = Sample(blocks.astype(np.uint8), None, "blocks")
+    protocol = protocol_for(scoring, logit_scale=40, short_side=48, **changes)
+    [whole] = segment_stripes([sample], protocol)
+    monkeypatch.setattr(evaluate, "STRIP_NUMBERS", 2 * 132 * 100)
+    [strips] = segment_stripes([sample], protocol)
+    assert np.array_equal(strips.label, whole.label) and len(np.unique(whole.label)) == 2
 
 
 def test_pamr_by_hand():
@@ -511,7 +535,7 @@ def test_classification_by_hand(kind, score, animals, tmp_path):
         assert same_with_two_processes(metrics, tmp_path / "two").count("top-1") == 1
 
 
-def test_classification_of_some_images(score, animals):
+def test_classification_of_some_images(score, animals, tmp_path, capsys):
     flags = ("--classify", animals, "--limit", 5, "--templates", 1, "--stride-trick", 4)
     metrics = score(*flags)
     assert metrics["images"] == 5 and metrics["accuracy"]["sheep"] is None
@@ -520,7 +544,10 @@ def test_classification_of_some_images(score, animals):
     assert metrics["protocol"]["classes"][5] == ["red dog"]
     image = animals / "Boat/0.png"
     image.write_text("not an image")
-    assert str(image) in fails(score, *flags)
+    assert "1 images are left out" in fails(score, *flags)
+    assert str(image) in capsys.readouterr().err
+    metrics = json.loads((tmp_path / "o/metrics.json").read_text())
+    assert (metrics["images"], metrics["unreadable"]) == (4, 1)
     (animals / "cow/0.png").unlink()
     assert f"{animals / 'cow'}: no image" in fails(score, *flags)
 
@@ -794,15 +821,15 @@ def test_bad_flags(flags, score, tmp_path):
     assert BAD_FLAGS[flags].format(root=root) in message
 
 
-def test_an_unreadable_image_in_a_worker_process_is_one_line(checkpoint, tmp_path):
-    """Its exception comes with a traceback as its message."""
+def test_unreadable_images_are_named_and_left_out(checkpoint, tmp_path):
     make_tree(tmp_path, "voc")
     image = tmp_path / "JPEGImages/a.jpg"
     image.write_text("not an image")
     flags = ("--dataset", "pascal_voc", "--data-root", tmp_path, "--checkpoint", checkpoint)
     done = run_python(evaluate.__file__, *flags, cwd=tmp_path)
-    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
-    assert done.stderr.startswith(f"evaluate.py: {image}: not a readable image")
+    assert done.returncode == 1 and done.stderr.count("\n") == 3, done.stderr
+    assert done.stderr.startswith(f"{image}: not a readable image") and "mIoU" in done.stdout
+    assert done.stderr.endswith("evaluate.py: 1 images are left out, which cannot be read\n")
 
 
 def test_a_mistake_in_the_code_ends_with_a_traceback(checkpoint, tmp_path):
