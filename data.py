@@ -398,7 +398,6 @@ def image_files(folder):
 # --------------------------------------------------------------------------------------------------
 # Superpixels, and crops that keep them aligned
 
-
 FELZENSZWALB = {"scale": 224, "sigma": 0.9}  # the authors', for 224 pixels
 
 
