@@ -379,8 +379,10 @@ def split_commas(names):
 
 def read_lines(path):
     """The lines of a text file that are not empty, stripped. Raises InputError."""
-    with reading(path, "list"):
+    try:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not a readable list ({first_line(error)})") from None
     return [line.strip() for line in lines if line.strip()]
 
 
@@ -398,7 +400,7 @@ def image_files(folder):
 # --------------------------------------------------------------------------------------------------
 # Superpixels, and crops that keep them aligned
 
-FELZENSZWALB = {"scale": 224, "sigma": 0.9}  # the authors', for 224 pixels
+FELZENSZWALB = {"scale": 224, "sigma": 0.9}  # the authors', for image_size 224
 
 
 def superpixels(image, image_size, patch_size):

@@ -25,7 +25,6 @@ from data import (
     random_resized_crop,
     read_image,
     read_label,
-    read_lines,
     resize_bilinear,
     superpixels,
     value_table,
@@ -275,7 +274,6 @@ def test_a_pipe_is_no_file(tmp_path):
     image = np.zeros((4, 4, 3), np.uint8)
     assert_one_line(refused(read_image, path), path, "no such file")
     assert_one_line(refused(read_label, path, image, value_table([0])), path, "no such file")
-    assert_one_line(refused(read_lines, path), path, "no such file")
 
 
 def test_an_eps_file_starts_no_program(tmp_path, monkeypatch):
