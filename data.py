@@ -43,8 +43,7 @@ class Sample(NamedTuple):
 class SampleError(Exception):
     """A training pair that cannot be used: (kind, text)."""
 
-    KINDS = ["broken image", "no caption", "caption not in UTF-8", "unreadable shard"]
-    KINDS += ["missing superpixels"]  # these are computed instead
+    KINDS = ["broken image", "no caption in UTF-8"]
 
     def __str__(self):
         return ": ".join(self.args)
@@ -52,8 +51,23 @@ class SampleError(Exception):
 
 def first_line(error):
     """The first sentence of an exception's message, at most 150 characters."""
-    lines = str(error).splitlines() or [type(error).__name__]
+    text = repr(error) if isinstance(error, KeyError) else str(error)
+    lines = text.splitlines() or [type(error).__name__]
     return lines[0].split(". ")[0][:150]
+
+
+@contextlib.contextmanager
+def reading(path, what):
+    """A `with` in which any exception becomes an InputError; a damaged file can cause all kinds.
+
+    A pipe or a device is refused, since it could be read for ever.
+    """
+    try:
+        if not os.path.isfile(path):
+            raise OSError("no such file")
+        yield
+    except Exception as error:
+        raise InputError(f"{path}: not a readable {what} ({first_line(error)})") from None
 
 
 def normalise(image):
@@ -192,12 +206,10 @@ class SyntheticScenes:
         self.split = split
         self.key = [seed, ["train", "val", "unseen"].index(split)]
         self.name = "synthetic-unseen" if split == "unseen" else "synthetic"
-        count = 12_000 if split == "train" else 500  # an epoch; every index has a scene
-        self.names = [f"scene{i:05}" for i in range(count)]
         self.y, self.x = np.mgrid[:size, :size]
 
     def __len__(self):
-        return len(self.names)
+        return 12_000 if self.split == "train" else 500  # an epoch; every index has a scene
 
     def __getitem__(self, index):
         rng = np.random.RandomState([*self.key, index])
@@ -274,48 +286,58 @@ def jitter(rng, colour):
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")  # EPS would start a program
-UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # Pillow's errors
+
+
+def open_image(file):
+    """A path or an open file -> Pillow's image, not decoded yet. Any exception can come.
+
+    Pillow refuses more than 179 megapixels. Images longer than 100 times their width are refused
+    too, since a small one of these needs gigabytes when its short side is enlarged.
+    """
+    image = Image.open(file, formats=FORMATS)
+    if max(image.size) > 100 * min(image.size):
+        size = f"{image.width}x{image.height} pixels"
+        raise ValueError(f"{size}, one side over 100 times as long as the other")
+    return image
 
 
 def decode_image(file, shortest=None):
-    """A path or an open file -> uint8 [H, W, 3], as a viewer shows it. Raises one of UNREADABLE.
+    """A path or an open file -> uint8 [H, W, 3], as a viewer shows it. Any exception can come.
 
     A JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, with sides of at least `shortest` pixels.
     """
-    with Image.open(file, formats=FORMATS) as image:
+    with open_image(file) as image:
         if shortest:
             image.draft(None, (shortest, shortest))
-        image = ImageOps.exif_transpose(image)
+        ImageOps.exif_transpose(image, in_place=True)
         if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip at 255
             image = Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8))
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return np.asarray(image.convert("RGB"))
+        return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 def read_image(path):
     """Any image file -> uint8 [H, W, 3]. Raises InputError."""
-    try:
+    with reading(path, "image"):
         return decode_image(path)
-    except UNREADABLE as error:
-        raise InputError(f"{path}: not a readable image ({first_line(error)})") from None
 
 
 def read_label(path, image, table):
     """The label map of an image -> uint8 [H, W] of classes, by a value_table. Raises InputError."""
-    try:
-        with Image.open(path, formats=FORMATS) as file:
-            label = np.asarray(file)
-    except UNREADABLE as error:
-        raise InputError(f"{path}: not a readable label map ({first_line(error)})") from None
-    if label.dtype != np.uint8 or label.shape != image.shape[:2]:
-        needed = "{1}x{0} in mode L or P".format(*image.shape)
+    height, width = image.shape[:2]
+    with reading(path, "label map"), open_image(path) as file:
+        fits = file.size == (width, height) and file.mode in ("L", "P")
+        label = np.asarray(file) if fits else None
+    if not fits:
+        needed = f"{width}x{height} in mode L or P"
         raise InputError(f"{path}: is {file.width}x{file.height} in mode {file.mode}, not {needed}")
     classes = table[label]
     if classes.min() < 0:
         value = label[classes < 0].min()
-        raise InputError(f"{path}: has the value {value}, which is none of the classes")
+        advice = f"of your own label maps, --ignore {value} leaves it out"
+        raise InputError(f"{path}: has the value {value}, which is none of the classes; {advice}")
     return classes.astype(np.uint8)
 
 
@@ -327,25 +349,27 @@ def resize_bilinear(image, height, width):
     if image.shape[:2] == (height, width):
         return image
     if image.shape[:2] == (2 * height, 2 * width):  # OpenCV's special case: the mean of 2x2 pixels
-        blocks = image.reshape(height, 2, width, 2, -1).astype(np.int64)
-        return ((blocks.sum(axis=(1, 3)) + 2) >> 2).astype(np.uint8)
+        blocks = image.reshape(height, 2, width, 2, -1)
+        return ((blocks.sum(axis=(1, 3), dtype=np.uint16) + 2) >> 2).astype(np.uint8)
 
-    def neighbours(n_in, n_out):
+    def neighbours(n_in, n_out):  # of each output pixel: two input pixels, and weights in 11 bits
         position = ((np.arange(n_out) + 0.5) * (1 / (n_out / n_in)) - 0.5).astype(np.float32)
         first = np.floor(position)
+        weights = np.rint(2048 * np.stack([first + 1 - position, position - first]))
         before, after = ((first + i).clip(0, n_in - 1).astype(np.int64) for i in (0, 1))
-        return before, after, position - first
+        return before, after, weights.astype(np.int32)
 
-    def fixed_point(fraction):  # 11 bits
-        return np.rint(2048 * np.stack([1 - fraction, fraction])).astype(np.int64)
+    left, right, weights = neighbours(image.shape[1], width)
+    a0, a1 = weights[:, None, :, None]
+    above, below, weights = neighbours(image.shape[0], height)
+    b0, b1 = weights[:, :, None, None]
 
-    left, right, x = neighbours(image.shape[1], width)
-    a0, a1 = fixed_point(np.where(left == right, 0, x))[:, None, :, None]
-    above, below, y = neighbours(image.shape[0], height)
-    b0, b1 = fixed_point(y)[:, :, None, None]
-    image = image.astype(np.int64)
-    rows = (image[:, left] * a0 + image[:, right] * a1) >> 4  # [H, width, 3]
-    return ((((b0 * rows[above]) >> 16) + ((b1 * rows[below]) >> 16) + 2) >> 2).astype(np.uint8)
+    def stretched(rows):  # of the image -> int32 [height, width, 3]
+        return (image[rows[:, None], left] * a0 + image[rows[:, None], right] * a1) >> 4
+
+    upper = (b0 * stretched(above)) >> 16
+    lower = (b1 * stretched(below)) >> 16
+    return ((upper + lower + 2) >> 2).astype(np.uint8)
 
 
 def split_commas(names):
@@ -376,18 +400,16 @@ def image_files(folder):
 # --------------------------------------------------------------------------------------------------
 # Superpixels, and crops that keep them aligned
 
+FELZENSZWALB = {"scale": 224, "sigma": 0.9}  # the authors', for image_size 224
+
 
 def superpixels(image, image_size, patch_size):
-    """Felzenszwalb's segments of an image uint8 [H, W, 3], reduced -> int [h, w] (Section 2.4).
-
-    The settings are the authors', for image_size 224 and patch_size 16.
-    """
+    """Felzenszwalb's segments of an image uint8 [H, W, 3], reduced -> int [h, w] (Section 2.4)."""
     from skimage.segmentation import felzenszwalb  # here, since it takes a while to load
 
     height, width = reduced_size(*image.shape[:2], image_size)
-    if (height, width) != image.shape[:2]:
-        image = np.asarray(Image.fromarray(image).resize((width, height), Image.BICUBIC))
-    return felzenszwalb(image, scale=224, sigma=0.9, min_size=patch_size**2 * 7 // 8)
+    image = np.asarray(Image.fromarray(image).resize((width, height), Image.BICUBIC))
+    return felzenszwalb(image, min_size=patch_size**2 * 7 // 8, **FELZENSZWALB)
 
 
 def reduced_size(height, width, short_side):
@@ -522,7 +544,7 @@ class TrainingPairs(Dataset):
         position %= 2**32  # RandomState takes no larger seed
         rng = np.random.RandomState([self.seed, position])
         sample, errors = self.find_sample(position, index)
-        segments = self.find_segments(sample, errors)
+        segments = self.find_segments(sample)
         size = self.config.image_size
         image, segments = random_resized_crop(sample.image, segments, size, rng, self.crop_scale)
         superpatch = patch_labels(segments, self.config.patch_size, self.rule or "floor")
@@ -531,31 +553,24 @@ class TrainingPairs(Dataset):
         return image, superpatch, text[0].numpy(), errors
 
     def find_sample(self, position, index):
-        """The Sample at `index`; if it cannot be used, the next; every tenth time a random one.
-
-        Raises InputError after 1,000.
-        """
+        """The Sample at `index`; if it cannot be used, a random one. InputError after 1,000."""
         errors = []
         for tries in range(1, 1001):
             try:
                 return self.source[index], errors
             except SampleError as error:
                 errors = errors or [error]
-                index = (index + 1) % len(self.source)
-                if tries % 10 == 0:
-                    rng = np.random.RandomState([self.seed, position, tries])
-                    index = rng.randint(len(self.source))
+                rng = np.random.RandomState([self.seed, position, tries])
+                index = rng.randint(len(self.source))
         raise InputError(f"1,000 pairs in a row cannot be used; the first: {errors[0]}")
 
-    def find_segments(self, sample, errors):
+    def find_segments(self, sample):
         """The superpixels that were saved, or computed now -> int [h, w]."""
         size = reduced_size(*sample.image.shape[:2], self.config.image_size)
         if self.rule is None:
             return np.zeros(size, np.uint8)
-        if sample.segments is not None:
-            if sample.segments.shape == size:
-                return sample.segments
-            errors.append(SampleError("missing superpixels", sample.name))
+        if sample.segments is not None and sample.segments.shape == size:
+            return sample.segments
         return superpixels(sample.image, self.config.image_size, self.config.patch_size)
 
     def choose_text(self, caption, rng):
@@ -601,7 +616,7 @@ def collate(items):
 def open_pairs(specs, config, seed, workers=0, max_errors=0.01):
     """What --data names -> a list of sources, Datasets of Samples. Raises InputError.
 
-    specs: "synthetic"; a COCO captions JSON, TSV, CSV or JSONL, with "=FOLDER" for its images; tar
+    specs: "synthetic"; a list (COCO's JSON, or one of READERS), with "=FOLDER" for its images; tar
     shards, "cc3m/{00000..00331}.tar" or with * and ?, of which damage may take a share `max_errors`
     of the pairs. Each process indexes its share of the shards.
     """
@@ -616,7 +631,7 @@ def open_pairs(specs, config, seed, workers=0, max_errors=0.01):
         elif path.suffix.lower() in READERS:
             sources.append(open_list(path, Path(folder or path.parent), config))
         else:
-            kinds = "synthetic, CAPTIONS.json=FOLDER, LIST.tsv, .csv or .jsonl, or SHARDS.tar"
+            kinds = "synthetic, CAPTIONS.json=FOLDER, LIST.tsv, .csv, .txt or .jsonl, or SHARDS.tar"
             raise InputError(f"--data {spec}: not one of {kinds}")
     return sources
 
@@ -645,22 +660,19 @@ class Pairs(Dataset):
 
     def __getitem__(self, i):
         name, _, _, caption = self.row(i)
-        if not isinstance(caption, str) or not caption.strip():
-            raise SampleError("no caption", name)
-        if re.search("[\ud800-\udfff]", caption):  # bytes that are not UTF-8
-            raise SampleError("caption not in UTF-8", name)
+        # Surrogates stand for bytes that are not UTF-8.
+        if not isinstance(caption, str) or not re.fullmatch("[^\ud800-\udfff]+", caption.strip()):
+            raise SampleError("no caption in UTF-8", name)
         return Sample(self.image(i), None, name, caption, self.superpixels.read(i))
 
     def image(self, i):
         """Decodes the image of row i -> uint8 [H, W, 3]. Raises SampleError."""
         name, offset, size, _ = self.row(i)
-        kind = "unreadable shard"
         try:
-            file = name if self.folder else io.BytesIO(read_bytes(self.path, offset, size))
-            kind = "broken image"
+            file = name if self.folder else read_part(self.path, offset, size)
             return decode_image(file, self.shortest)
         except Exception as error:  # a damaged file can make a decoder fail in any way
-            raise SampleError(kind, f"{name} ({first_line(error)})") from None
+            raise SampleError("broken image", f"{name} ({first_line(error)})") from None
 
 
 def pack(rows):
@@ -668,12 +680,9 @@ def pack(rows):
     return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
 
-def read_bytes(path, offset, size):
-    """`size` bytes at `offset` of a file. Raises OSError."""
-    content = os.pread(open_file(path).fileno(), size, offset)
-    if len(content) < size:
-        raise OSError("shorter than its index says")
-    return content
+def read_part(path, offset, size):
+    """`size` bytes at `offset` of a file -> BytesIO; fewer where the file ends. Raises OSError."""
+    return io.BytesIO(os.pread(open_file(path).fileno(), size, offset))
 
 
 @functools.lru_cache(2 * SHUFFLE_SHARDS)  # keeps tars and their superpixels open
@@ -684,14 +693,15 @@ def open_file(path):
 class SuperpixelStore:
     """The saved superpixels of Pairs: PNGs one after the other in NAME.superpixels-SIZE-P-KEY.bin.
 
-    KEY is a hash of the rows. places, from the .npy beside it, int64 [pairs, 2]: where a pair's PNG
-    begins and ends, 0 and 0 if it has none. None without a file.
+    KEY is a hash of the rows and of FELZENSZWALB. places, from the .npy beside it, int64
+    [pairs, 2]: where a pair's PNG begins and ends, 0 and 0 if it has none. None without a file.
     """
 
     def __init__(self, path, rows, config):
-        key = hashlib.sha256(rows).hexdigest()[:8]
-        sizes = f"{config.image_size}-{config.patch_size}"
-        self.data = path.with_suffix(f".superpixels-{sizes}-{key}.bin")
+        key = hashlib.sha256(rows)
+        key.update(repr(FELZENSZWALB).encode())
+        name = f"superpixels-{config.image_size}-{config.patch_size}-{key.hexdigest()[:8]}"
+        self.data = path.with_suffix(f".{name}.bin")
 
     @functools.cached_property
     def places(self):
@@ -701,36 +711,48 @@ class SuperpixelStore:
             return None
 
     def read(self, i):
-        """-> int [h, w]; None if they were not computed; empty if they are damaged."""
-        if self.places is None or not self.places[i].any():
-            return None
-        first, last = self.places[i].tolist()
-        try:
-            png = io.BytesIO(read_bytes(self.data, first, last - first))
+        """-> int [h, w]; None if they were not computed or are damaged."""
+        with contextlib.suppress(Exception):
+            first, last = self.places[i].tolist()
+            png = read_part(self.data, first, last - first)
             return np.asarray(Image.open(png, formats=["PNG"]))
-        except Exception:
-            return np.empty(0)
+        return None
 
 
 # Lists of image files
 
 COLUMNS = (
-    ("path", "filepath", "file", "file_name", "filename", "image", "image_path"),
-    ("caption", "title", "text"),
+    ("path", "filepath", "file", "file_name", "filename", "image", "image_name", "image_path"),
+    ("caption", "title", "text", "comment"),
 )
 
 
 def open_list(path, folder, config):
-    """A list of image files with captions -> Pairs. Raises InputError."""
-    try:
-        with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            rows = [(str(name), 0, 0, text) for name, text in READERS[path.suffix.lower()](file)]
-    except Exception as error:  # a file can hold anything
-        reason = first_line(error)
-        raise InputError(f"{path}: not a readable list of pairs ({reason})") from None
-    if not any(os.path.isfile(folder / name) for name, *_ in rows[:1000]):
-        wrong = f"{folder / rows[0][0]} does not exist" if rows else "no pair in it"
-        raise InputError(f"{path}: {wrong}; --data {path}=FOLDER names the folder of the images")
+    """A list of image files with captions -> Pairs. Raises InputError.
+
+    Rows whose image does not exist, and those that cannot be read, are left out and counted.
+    """
+    rows = []
+    missing = []
+    is_file = functools.cache(os.path.isfile)
+    with (
+        reading(path, "list of pairs"),
+        open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file,
+    ):
+        for n, (name, caption) in enumerate(READERS[path.suffix.lower()](file), 1):
+            image = os.path.join(folder, str(name))
+            if is_file(image):
+                rows.append((str(name), 0, 0, caption))
+            else:
+                missing.append(f"{image} (row {n})")
+    if not rows:
+        wrong = f"{missing[0]} does not exist, nor any other" if missing else "no pair in it"
+        names = " and ".join("/".join(names) for names in COLUMNS)
+        advice = f"--data {path}=FOLDER names the folder of the images"
+        raise InputError(f"{path}: {wrong}; {advice}; columns are a path and a caption, or {names}")
+    if missing and rank_and_world()[0] == 0:
+        count = f"{len(missing):,} of {len(missing) + len(rows):,} rows"
+        print(f"{path}: no image for {count}, the first {missing[0]}", file=sys.stderr)
     # COCO's captions of one image stand side by side.
     order = np.random.RandomState(0).permutation(len(rows))
     return Pairs(path, pack(rows[i] for i in order), config, folder)
@@ -740,9 +762,9 @@ def read_json(file):
     """COCO's captions, or Karpathy's split of them, of which the paper uses "train"."""
     content = json.load(file)
     if "annotations" in content:
-        names = {image["id"]: image["file_name"] for image in content["images"]}
+        names = {image.get("id"): image.get("file_name") for image in content["images"]}
         for annotation in content["annotations"]:
-            yield names[annotation["image_id"]], annotation["caption"]
+            yield names.get(annotation.get("image_id")), annotation.get("caption")
         return
     for image in content["images"]:
         if image["split"] == "train":
@@ -751,28 +773,38 @@ def read_json(file):
 
 
 def read_jsonl(file):
-    return choose_columns(map(json.loads, filter(str.strip, file)))
+    for line in filter(str.strip, file):
+        row = "", ""
+        with contextlib.suppress(Exception):  # a line can hold anything
+            row = choose_columns(json.loads(line))
+        yield row
 
 
-def read_csv(file, **dialect):
-    """Two columns, a path and a caption, or any with a header that names these."""
-    header = [cell.strip().lower() for cell in next(csv.reader(file, **dialect), [])]
+def read_table(file):
+    """Two columns, a path and a caption, or any with a header that names these.
+
+    They stand between tabs, commas or, in Flickr30k, "|". Flickr8k's NAME.jpg#0 is NAME.jpg.
+    """
+    first = file.readline()
+    delimiter = next((mark for mark in "\t," if mark in first), "|")
+    header = [cell.strip().lower() for cell in first.split(delimiter)]
     if not all(set(names) & set(header) for names in COLUMNS):
         header = ["path", "caption"]
         file.seek(0)
-    return choose_columns(csv.DictReader(file, header, **dialect))
+    csv.field_size_limit(2**31 - 1)  # a caption may be longer than 131,072 characters
+    quoting = csv.QUOTE_MINIMAL if delimiter == "," else csv.QUOTE_NONE
+    for row in csv.DictReader(file, header, delimiter=delimiter, quoting=quoting):
+        name, caption = choose_columns(row)
+        yield re.sub(r"#\d+$", "", name), caption
 
 
-def choose_columns(rows):
-    for row in rows:
-        yield [next((row[name] for name in names if name in row), "") for names in COLUMNS]
+def choose_columns(row):
+    """{column: value} -> path and caption, "" where there is none."""
+    return [next(filter(None, map(row.get, names)), "") for names in COLUMNS]
 
 
-def read_tsv(file):
-    return read_csv(file, delimiter="\t", quoting=csv.QUOTE_NONE)
-
-
-READERS = {".json": read_json, ".jsonl": read_jsonl, ".csv": read_csv, ".tsv": read_tsv}
+READERS = {".json": read_json, ".jsonl": read_jsonl}
+READERS |= dict.fromkeys((".csv", ".tsv", ".txt"), read_table)
 
 
 # Tar shards of img2dataset: NAME.jpg (.png, .webp), and NAME.txt or NAME.json with a "caption"
@@ -793,7 +825,9 @@ def open_shards(pattern, config, workers, max_errors):
     shards = [Pairs(path, rows, config) for path, rows, _ in indices if rows]
     complete = [rows.count(b"\n") for _, rows, error in indices if not error]
     expected = len(paths) * (np.mean(complete) if complete else np.inf)
-    damaged = [f"{path} ({error})" for path, _, error in indices if error]
+    damaged = [
+        f"{path} ({error or 'no pair'})" for path, rows, error in indices if error or not rows
+    ]
     line = f"{len(damaged)} of {len(paths)} shards are missing or damaged: {', '.join(damaged[:3])}"
     if not shards:
         raise InputError(f"--data {pattern}: {line}")
@@ -801,7 +835,7 @@ def open_shards(pattern, config, workers, max_errors):
         lost = f"more than {100 * max_errors:g} % of the pairs are lost (--max-errors)"
         raise InputError(f"--data {pattern}: {line}; {lost}")
     if damaged and rank == 0:
-        print(f"unreadable shard: {line}; the others are used", file=sys.stderr)
+        print(f"{line}; the others are used", file=sys.stderr)
     return shards
 
 
@@ -817,24 +851,29 @@ def expand(pattern):
 def index_shard(path):
     """-> path, rows, and what is wrong with the tar, "" if nothing.
 
-    They are kept as NAME.index beside the tar, if the folder is writable.
+    The rows of a whole tar are kept as NAME.index beside it, if the folder is writable.
     """
     index = path.with_suffix(".index")
+    if not path.is_file():
+        return path, b"", "no such file"
     try:
         stat = os.stat(path)
-        stamp = b"%d %d\n" % (stat.st_size, stat.st_mtime_ns)
-        content = index.read_bytes() if index.exists() else b""
+        stamp = b"rows of %d bytes, %d ns\n" % (stat.st_size, stat.st_mtime_ns)
+        content = index.read_bytes() if index.is_file() else b""
         if not content.startswith(stamp):
             rows, error = scan_tar(path, stat.st_size)
-            content = stamp + error.encode() + b"\n" + rows
+            if error:
+                return path, rows, error
+            content = stamp + rows
             partial = index.with_suffix(f".{os.getpid()}.part")
             with contextlib.suppress(OSError):
-                partial.write_bytes(content)
+                partial.unlink(missing_ok=True)
+                with open(partial, "xb") as file:  # never through a link that is there
+                    file.write(content)
                 os.replace(partial, index)
     except Exception as error:  # a damaged tar can fail in any way
         return path, b"", first_line(error)
-    _, error, rows = content.split(b"\n", 2)
-    return path, rows, error.decode()
+    return path, content.removeprefix(stamp), ""
 
 
 def scan_tar(path, size):
@@ -877,7 +916,7 @@ def value_table(values, ignored=()):
 
     255 and the ignored values are not scored, 255; all others are errors, -1.
     """
-    table = np.full(256, -1)
+    table = np.full(256, -1, np.int16)
     table[[255, *ignored]] = 255
     for c, value in enumerate(values):
         table[value] = c
@@ -1041,19 +1080,19 @@ class ImageFolder(LabelledImages):
     """Your own images: all in a folder, or one. Raises InputError.
 
     labels: a folder of label maps, NAME.png for NAME.jpg, classes from 0. output: a folder of
-    results, whose images are no input.
+    results, whose images are no input. ignored: values in the label maps that are not scored.
     """
 
     name = "images"
 
-    def __init__(self, path, labels, words, has_background=False, output=None):
+    def __init__(self, path, labels, words, has_background=False, output=None, ignored=()):
         path = Path(path)
-        for place in filter(None, (path, labels)):
-            if not Path(place).exists():
-                raise InputError(f"{place}: does not exist")
+        if not path.exists():
+            raise InputError(f"{path}: does not exist")
         self.words = words
         self.has_background = has_background
         self.table = value_table(range(len(words) + has_background))
+        self.table[list(ignored)] = 255
         others = {Path(folder).resolve() for folder in (labels, output) if folder}
         files = [file for file in image_files(path) if others.isdisjoint(file.resolve().parents)]
         self.paths = files if path.is_dir() else [path]
@@ -1062,7 +1101,9 @@ class ImageFolder(LabelledImages):
         root = path if path.is_dir() else path.parent
         self.names = [str(file.relative_to(root).with_suffix("")) for file in self.paths]
         maps = [Path(labels or "", f"{name}.png") for name in self.names]
-        self.labels = [file if labels and file.exists() else None for file in maps]
+        self.labels = [file if labels and file.is_file() else None for file in maps]
+        if labels and not any(self.labels):
+            raise InputError(f"{maps[0]}: does not exist, nor a label map of any other image")
         lower = sorted(map(str.lower, self.names))  # some file systems ignore case
         for one, other in zip(lower, lower[1:]):
             if one == other:
@@ -1077,11 +1118,9 @@ class ClassFolder(LabelledImages):
 
     def __init__(self, root):
         root = Path(root)
-        if not root.is_dir():
-            raise InputError(f"{root}: no such folder")
         folders = [path for path in sorted(root.glob("[!.]*")) if path.is_dir()]
         if not folders:
-            raise InputError(f"{root}: no folder in it; there should be one per class")
+            raise InputError(f"{root}: no such folder, or no folder in it; it needs one per class")
         self.folders = [folder.name for folder in folders]
         self.words = [name.replace("_", " ") for name in self.folders]
         self.paths = []
@@ -1092,7 +1131,7 @@ class ClassFolder(LabelledImages):
                 raise InputError(f"{folder}: no image in it, and it is a class")
             self.paths += files
             self.labels += [c] * len(files)
-        self.names = [str(path) for path in self.paths]
+        self.names = list(map(str, self.paths))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1113,7 +1152,7 @@ def segment_to_png(source, config, i):
 
 
 def compute_superpixels(source, config, workers):
-    """Computes and saves those that Pairs lack -> the sizes of the PNGs, 0 of broken images."""
+    """Computes and saves those that Pairs lack, and prints how many."""
     store = source.superpixels
     index = store.data.with_suffix(".npy")
     if store.places is None or not store.data.exists():
@@ -1124,13 +1163,14 @@ def compute_superpixels(source, config, workers):
         images.setdefault(source.row(i)[0], []).append(i)
     compute = functools.partial(segment_to_png, source, config)
     pngs = parallel_map(compute, [rows[0] for rows in images.values()], workers)
-    sizes = []
+    broken = 0
     with open(store.data, "ab", buffering=0) as file:
         for rows, png in zip(images.values(), progress(pngs, len(images), "images")):
             file.write(png)
             places[rows] = (file.tell() - len(png), file.tell()) if png else 0
-            sizes.append(len(png))
-    return sizes
+            broken += not png
+    line = f"superpixels of {len(images) - broken} images; {broken} broken images"
+    print(f"{store.data}: {line}")
 
 
 def main(argv=None):
@@ -1145,16 +1185,9 @@ def main(argv=None):
     add("--workers", type=number(int, 0), default=os.cpu_count(), help="processes [%(default)s]")
     args = parser.parse_args(argv)
     config = Config(image_size=args.image_size, patch_size=args.patch_size)
-    sources = open_pairs(args.data, config, 0, args.workers, max_errors=1.0)
-    sources = [source for source in sources if isinstance(source, Pairs)]
-    if not sources:
-        raise InputError("--data synthetic: superpixels of scenes are computed in training")
-    for source in sources:
-        sizes = compute_superpixels(source, config, args.workers)
-        images = np.count_nonzero(sizes)
-        mean = sum(sizes) / max(images, 1)
-        line = f"superpixels of {images} images, {mean:.0f} bytes each"
-        print(f"{source.superpixels.data}: {line}; {len(sizes) - images} broken images")
+    for source in open_pairs(args.data, config, 0, args.workers, max_errors=1.0):
+        if isinstance(source, Pairs):
+            compute_superpixels(source, config, args.workers)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
 """Scenes, superpixels, crops, and images and label maps in every form that people have them."""
 
 import hashlib
+import os
+import struct
 import subprocess
+import tracemalloc
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from conftest import assert_one_line
 from data import (
@@ -14,6 +17,7 @@ from data import (
     GROUNDS,
     SCENE_WORDS,
     THINGS,
+    ImageFolder,
     SegmentationFolder,
     SyntheticScenes,
     normalise,
@@ -219,10 +223,57 @@ def test_files_that_are_not_images(tmp_path):
     noise = np.random.RandomState(0).randint(0, 255, (99, 99, 3), np.uint8)
     Image.fromarray(noise).save(tmp_path / "cut.jpg")
     (tmp_path / "cut.jpg").write_bytes((tmp_path / "cut.jpg").read_bytes()[:3000])
-    for name, reason in {"text": "", "empty": "", "cut": "truncated", "none": "No such"}.items():
+    for name, reason in {"text": "", "empty": "", "cut": "truncated", "none": "no such"}.items():
         with pytest.raises(InputError) as error:
             read_image(tmp_path / f"{name}.jpg")
         assert_one_line(error, tmp_path / name, reason)
+
+
+def refused(function, *args):
+    """The message of the InputError that a function must raise."""
+    with pytest.raises(InputError) as error:
+        function(*args)
+    return error
+
+
+def test_images_of_no_sensible_size_are_refused(tmp_path, monkeypatch):
+    """Before they are decoded: a file of 10 KB can hold 8,000,000 x 1 pixels."""
+    path = tmp_path / "a.png"
+    table = value_table([0])
+    for size in ((101, 1), (1, 101), (30, 31)):
+        Image.new("L", size).save(path)
+        label = np.zeros((*size[::-1], 3), np.uint8)
+        if size[0] == 30:
+            assert read_image(path).shape == label.shape
+            monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 400)  # Pillow refuses twice as many
+        monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", lambda *_: pytest.fail("decoded"))
+        size = "930 pixels" if size[0] == 30 else "x".join(map(str, size))
+        assert_one_line(refused(read_image, path), path, size)
+        assert_one_line(refused(read_label, path, label, table), path, size)
+        monkeypatch.undo()
+
+
+def test_a_decoder_may_fail_in_any_way(tmp_path, monkeypatch):
+    path = tmp_path / "a.png"
+    Image.new("L", (4, 4)).save(path)
+    for kind in (struct.error, EOFError, ZeroDivisionError, MemoryError):
+
+        def fail(*_, kind=kind):
+            raise kind("broken")
+
+        monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", fail)
+        assert_one_line(refused(read_image, path), path, "broken")
+        label = np.zeros((4, 4, 3), np.uint8)
+        assert_one_line(refused(read_label, path, label, value_table([0])), path, "broken")
+
+
+def test_a_pipe_is_no_file(tmp_path):
+    """To read it would wait for ever."""
+    path = tmp_path / "pipe.png"
+    os.mkfifo(path)
+    image = np.zeros((4, 4, 3), np.uint8)
+    assert_one_line(refused(read_image, path), path, "no such file")
+    assert_one_line(refused(read_label, path, image, value_table([0])), path, "no such file")
 
 
 def test_an_eps_file_starts_no_program(tmp_path, monkeypatch):
@@ -254,7 +305,7 @@ def test_label_maps(tmp_path):
             read_label(path, image, value_table(range(classes)))
         return error
 
-    assert_one_line(fails(classes=23), path, "value 23")
+    assert_one_line(fails(classes=23), path, "value 23", "--ignore 23")
     assert_one_line(fails(image.swapaxes(0, 1)), path, "6x4", "4x6")
     Image.fromarray(image).save(path)
     assert_one_line(fails(), path, "RGB")
@@ -267,8 +318,18 @@ def test_resize_of_the_smallest_images():
     assert (resize_bilinear(np.full((1, 200, 3), 9, np.uint8), 64, 640) == 9).all()
 
 
+@pytest.mark.parametrize("size", [(300, 450), (1000, 1500)])  # the second is OpenCV's special case
+def test_resize_needs_no_copy_of_the_image_in_larger_numbers(size):
+    image = np.zeros((2000, 3000, 3), np.uint8)
+    tracemalloc.start()
+    resize_bilinear(image, *size)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1.5 * image.nbytes
+
+
 # --------------------------------------------------------------------------------------------------
-# Benchmarks
+# Benchmarks, and your own images
 
 
 @pytest.fixture
@@ -299,3 +360,18 @@ def test_names_are_lines(voc):
     with pytest.raises(InputError) as error:
         SegmentationFolder("pascal_voc", voc)
     assert_one_line(error, "val.txt")
+
+
+def test_own_label_maps(tmp_path):
+    for folder in ("images", "labels"):
+        (tmp_path / folder).mkdir()
+    for name in ("a", "b"):
+        Image.new("RGB", (3, 2)).save(tmp_path / f"images/{name}.jpg")
+    how = tmp_path / "images", tmp_path / "labels", ["cat", "dog"]
+    Image.new("L", (3, 2)).save(tmp_path / "labels/a_L.png")
+    assert_one_line(refused(ImageFolder, *how), tmp_path / "labels/a.png", "does not exist")
+    Image.fromarray(np.array([[0, 1, 11], [255, 7, 1]], np.uint8)).save(tmp_path / "labels/a.png")
+    assert_one_line(refused(ImageFolder(*how).__getitem__, 0), "value 7", "--ignore 7")
+    labelled, other = ImageFolder(*how, ignored=[7, 11])
+    assert labelled.label.tolist() == [[0, 1, 255], [255, 255, 1]] and other.label is None
+    assert ImageFolder(*how, ignored=[0, 7, 11])[0].label[0].tolist() == [255, 1, 255]

@@ -221,6 +221,74 @@ def test_coco_captions_and_karpathys_split(images, tmp_path):
     assert captions(open_all(tmp_path / "dataset.json")) == [caption(0), caption(3)]
 
 
+FLICKR = {  # as distributed; and one with the path in its second column
+    "captions.txt": 'image,caption\n0.jpg,"a cat, a dog"\n0.jpg,a bird\n',
+    "Flickr8k.token.txt": "0.jpg#0\ta cat, a dog\n0.jpg#1\ta bird\n",
+    "results.csv": "image_name| comment_number| comment\n0.jpg| 0| a cat, a dog\n0.jpg| 1| a bird",
+    "ids.csv": 'id,path,caption\n7,0.jpg,"a cat, a dog"\n8,0.jpg,a bird\n',
+}
+
+
+@pytest.mark.parametrize("name", FLICKR)
+def test_lists_as_they_are_distributed(images, tmp_path, name):
+    (tmp_path / name).write_text(FLICKR[name])
+    source = open_all(f"{tmp_path}/{name}={images}")
+    assert [text.strip() for text in captions(source)] == ["a bird", "a cat, a dog"]
+    assert {sample.name for sample in source} == {f"{images}/0.jpg"}
+
+
+BROKEN_ROWS = {  # lists of two images with one row, the second, that cannot be read
+    "a.jsonl": '{"image": "0.jpg", "text": "a"}\n{"image": "0.j\n{"image": "1.jpg", "text": "b"}',
+    "b.jsonl": '{"image": "0.jpg", "text": "a"}\n[1, 2]\n{"image": "1.jpg", "text": "b"}',
+    "c.jsonl": '{"file": "0.jpg", "text": "a"}\n'
+    + "[" * 99999
+    + '\n{"file": "1.jpg", "text": "b"}',
+    "coco.json": json.dumps(
+        {
+            "images": [{"id": i, "file_name": f"{i}.jpg"} for i in range(2)],
+            "annotations": [
+                {"image_id": 0, "caption": "a"},
+                {"image_id": 39, "caption": "gone"},
+                {"image_id": 1, "caption": "b"},
+            ],
+        }
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_ROWS)
+def test_a_row_that_cannot_be_read_costs_no_other(images, tmp_path, capsys, name):
+    (tmp_path / name).write_text(BROKEN_ROWS[name])
+    assert captions(open_all(f"{tmp_path}/{name}={images}")) == ["a", "b"]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{tmp_path}/{name}" in line and "1 of 3 rows" in line and "(row 2)" in line
+
+
+def test_a_very_long_caption(images, tmp_path):
+    write_table(images / "pairs.csv", [("0.jpg", "word " * 40_000), ("1.jpg", "short")])
+    assert captions(open_all(images / "pairs.csv")) == ["short", "word " * 40_000]
+
+
+def test_a_folder_with_some_of_the_images(images, tmp_path, capsys):
+    rows = [(f"images/{i:04}.jpg", caption(i)) for i in range(4000)] + [("images/5.jpg", "it")]
+    path = write_table(tmp_path / "pairs.csv", rows)
+    assert captions(open_all(path)) == ["it"]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{path}: no image for 4,000 of 4,001 rows" in line and f"{images}/0000.jpg" in line
+    write_table(path, rows[:-1])
+    with pytest.raises(InputError) as error:
+        open_all(path)
+    assert_one_line(error, path, f"{images}/0000.jpg (row 1) does not exist", "image_path", "title")
+
+
+def test_a_pipe_is_no_list_and_no_shard(tmp_path):
+    for name in ("pairs.csv", "00000.tar"):
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(InputError) as error:
+            open_all(tmp_path / name)
+        assert_one_line(error, tmp_path / name, "no such file")
+
+
 def test_kinds_of_data_mix(shards):
     source = open_all("synthetic", shards / "{00000..00002}.tar")
     assert len(source) == 12_000 + 24 and source[-1].caption == caption(23)
@@ -277,6 +345,22 @@ def test_a_folder_that_is_not_writable(shards, monkeypatch):
     monkeypatch.setattr(os, "replace", refuse)
     assert captions(open_all(shards / "*.tar")) == numbers(24)
     assert not list(shards.glob("*.index"))
+
+
+def test_an_index_is_not_written_through_a_link(shards):
+    """Which somebody else may have put beside the shards."""
+    precious = shards / "precious.txt"
+    precious.write_text("precious")
+    (shards / f"00000.{os.getpid()}.part").symlink_to(precious)
+    assert captions(open_all(shards / "00000.tar")) == numbers(8)
+    assert precious.read_text() == "precious" and not (shards / "00000.index").is_symlink()
+
+
+def test_a_shard_of_zeros_is_named(tmp_path):
+    (tmp_path / "zeros.tar").write_bytes(bytes(10240))
+    with pytest.raises(InputError) as error:
+        open_all(tmp_path / "zeros.tar")
+    assert_one_line(error, "zeros.tar (no pair)")
 
 
 def test_a_shard_that_is_cut_off(shards, capsys):
@@ -352,9 +436,9 @@ def test_a_broken_pair_is_named_and_replaced_and_no_other_changes(tmp_path):
             assert f"faulty.tar/{i:09}" in str(error) and "\n" not in str(error)
             assert pairs[i, i][3][0].args[0] == found[i]
             assert_same_pair(pairs[i, i], pairs[i, i])
-    broken, none = "broken image", "no caption"
-    assert found == {1: broken, 2: broken, 3: none, 4: "caption not in UTF-8", 5: none, 6: broken}
-    assert {*found.values()} < {*SampleError.KINDS}
+    image, text = "broken image", "no caption in UTF-8"
+    assert found == {1: image, 2: image, 3: text, 4: text, 5: text, 6: image}
+    assert {*found.values()} == {*SampleError.KINDS}
 
 
 def test_errors_of_lists(images, tmp_path):
@@ -362,26 +446,26 @@ def test_errors_of_lists(images, tmp_path):
     rows = [f"images/{i}.jpg,{caption(i)}\n".encode() for i in range(6)]
     rows[2] = "images/2.jpg,für\n".encode("latin-1")
     rows[3] = b"images/3.jpg\n"
-    rows[4] = b"images/elsewhere.jpg,gone\n"
+    rows[4] = b"images/elsewhere.jpg,left out\n"
     (tmp_path / "pairs.csv").write_bytes(b"".join(rows))
     found = kinds(all_pairs(open_all(tmp_path / "pairs.csv")))
-    assert found == {"broken image": 2, "caption not in UTF-8": 1, "no caption": 1}
+    assert found == {"broken image": 1, "no caption in UTF-8": 2}
     lines = [{"image": "images/0.jpg", "caption": "good"}, {"image": "images/0.jpg"}]
     lines += [{"caption": "no path"}, {"image": None, "caption": "x"}]
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    found = kinds(all_pairs(open_all(tmp_path / "pairs.jsonl")))
-    assert found == {"broken image": 2, "no caption": 1}
+    source = open_all(tmp_path / "pairs.jsonl")
+    assert kinds(all_pairs(source)) == {"no caption in UTF-8": 1} and len(source) == 2
 
 
 def test_shards_that_shrink_or_disappear_in_training(shards):
     source = open_all(shards / "*.tar")
     assert source[7].caption == caption(7)  # it is open now
     os.truncate(shards / "00000.tar", 5000)
-    with pytest.raises(SampleError, match="unreadable shard"):
+    with pytest.raises(SampleError, match="broken image"):
         source[7]
     (shards / "00001.tar").unlink()
     pairs = training(source)
-    assert set(kinds(pairs[i, i] for i in range(8, 16))) == {"unreadable shard"}
+    assert set(kinds(pairs[i, i] for i in range(8, 16))) == {"broken image"}
     assert pairs[16, 16][3] == []
 
 
@@ -406,7 +490,7 @@ def compute(capsys, *specs, workers="0"):
     sizes = ["--image-size", "32", "--patch-size", "8"]
     data.main(["superpixels", "--data", *map(str, specs), *sizes, "--workers", workers])
     streams = capsys.readouterr()
-    return sum(map(int, re.findall(r"of (\d+) images,", streams.out))), streams.out + streams.err
+    return sum(map(int, re.findall(r"of (\d+) images;", streams.out))), streams.out + streams.err
 
 
 @pytest.mark.parametrize("kind", ["shards", "list"])
@@ -462,7 +546,14 @@ def test_superpixels_of_an_older_list_are_not_used(images, tmp_path, capsys):
     assert compute(capsys, path)[0] == 0
 
 
-def test_damaged_superpixels_are_computed_and_counted(shards, capsys):
+def test_superpixels_of_another_algorithm_are_not_used(shards, monkeypatch, capsys):
+    compute(capsys, shards / "00000.tar")
+    assert open_all(shards / "00000.tar")[0].segments is not None
+    monkeypatch.setitem(data.FELZENSZWALB, "sigma", 0.5)
+    assert open_all(shards / "00000.tar")[0].segments is None
+
+
+def test_damaged_superpixels_are_computed(shards, capsys):
     spec = shards / "0000[01].tar"
     before = all_pairs(open_all(spec))
     compute(capsys, spec)
@@ -471,10 +562,10 @@ def test_damaged_superpixels_are_computed_and_counted(shards, capsys):
     content = one.data.read_bytes()
     one.data.write_bytes(content[:first] + bytes(last - first) + content[last:])
     places = np.load(other.data.with_suffix(".npy"))
-    places[2] = (0, 10**9)
+    places[2] = (10**9, 10**9 + 99)
     np.save(other.data.with_suffix(".npy"), places)
     after = all_pairs(open_all(spec))
-    assert kinds(after) == {"missing superpixels": 2}
+    assert not kinds(after)
     for pair, same in zip(before, after, strict=True):
         assert_same_pair(pair, same)
     other.data.with_suffix(".npy").write_bytes(b"damaged")
