@@ -220,6 +220,13 @@ PROTOCOLS = {
         "coco_object": {"background_threshold": 0.4},
         "cityscapes": {"window": 224},
     },
+    "proxyclip": {
+        "": SCLIP | {"window": 336, "background_threshold": 0.2},
+        "pascal_context": {"background_threshold": 0.15},
+        "coco_object": {"background_threshold": 0.25},
+        "ade20k": {"short_side": 448},
+        "cityscapes": {"short_side": 448, "window": 224},
+    },
     # Zero-shot classification of whole images, with OpenAI's seven templates.
     "classify": {"": SEGCLIP | {"scoring": "cosines", "templates": 7, "top_k": None}},
 }
@@ -984,6 +991,8 @@ def add_arguments(parser):
         "[%(default)s]")
     add("--readout", choices=READOUTS, default="clip",
         help="how a CLIP's last block makes patch tokens; see read_out in model.py [%(default)s]")
+    add("--dino", metavar="FILE",
+        help="DINO's ViT-B/8 or ViT-B/16, for --readout proxyclip, whose patches it has")
     add("--activation", choices=ACTIVATIONS,
         help="of a CLIP that is not OpenAI's: gelu for LAION's and DataComp's weights [quick_gelu]")
     add("--vocabulary", metavar="FILE", help="OpenAI's BPE vocabulary [cache, or download]")
@@ -1081,12 +1090,12 @@ def report(metrics):
 
 def open_segmenter(args, device):
     """What the flags ask for -> Segmenter, tokenizer, data set. Raises InputError."""
-    path = fetch(args.checkpoint) if args.checkpoint in MODELS else Path(args.checkpoint)
-    if args.checkpoint == DEFAULT_CHECKPOINT and not path.exists():
+    path = args.checkpoint
+    if path == DEFAULT_CHECKPOINT and not os.path.exists(path):
         raise InputError(
             f"{path}: does not exist; run `python train.py`, or give --checkpoint FILE"
         )
-    model = load_model(path, args.readout, args.activation).to(device).eval()
+    model = load_model(path, args.readout, args.activation, args.dino).to(device).eval()
     tokenizer = load_tokenizer(path, args.vocabulary)
     config = model.config
     if config.vocab_size != tokenizer.vocab_size:
