@@ -13,7 +13,6 @@ import json
 import math
 import os
 import pickle
-import pickletools
 import sys
 import urllib.error
 import urllib.request
@@ -274,9 +273,10 @@ def download(url, path, sha256):
         request = urllib.request.Request(url, headers=headers)
         with urllib.request.urlopen(request, timeout=60) as answer, open(partial, "ab") as file:
             if answer.status != 206:  # all of it, whatever was asked for
-                done = file.truncate(0)
-            total = done + int(answer.headers["Content-Length"])
-            while chunk := answer.read(1 << 20):
+                file.truncate(0)
+                done = 0
+            total = done + int(answer.headers["Content-Length"] or 0)
+            while chunk := answer.read(1 << 22):
                 done += file.write(chunk)
                 print(f"\r{path.name}: {done:,} of {total:,} bytes", end="", file=sys.stderr)
             print(file=sys.stderr)
@@ -305,12 +305,12 @@ def fetch(name):
             path.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(f"{path}.lock"):  # of several processes, one downloads
                 return find(name) or download(url, path, sha256)
-        except (OSError, HTTPException, TypeError, ValueError) as error:
+        except (OSError, HTTPException, ValueError) as error:
             failures.append(f"{url} ({error})")
     raise InputError(
-        f"{path}: no valid file, and none from {' or '.join(failures)}; save it there by hand "
-        f"(SHA-256 {sha256}), set HF_ENDPOINT to a mirror of {HUB}, or give --vocabulary FILE, "
-        "--init FILE or --checkpoint FILE"
+        f"{path}: no valid file, and none from {' or '.join(failures)}; without network, save it "
+        f"there by hand (SHA-256 {sha256}); HF_ENDPOINT names a mirror of {HUB}; or give another "
+        "by --vocabulary FILE, --init FILE or --checkpoint FILE"
     )
 
 
@@ -329,7 +329,6 @@ def load_tokenizer(checkpoint=None, vocabulary=None):
 
 # --------------------------------------------------------------------------------------------------
 # Files of weights
-
 
 SAFETENSORS = {
     "F64": torch.float64,
@@ -368,8 +367,9 @@ def read_safetensors(path):
         dtype = SAFETENSORS[entry["dtype"]]
         if len(shape) > 8 or not all(type(n) is int and 0 <= n <= size for n in shape):
             raise ValueError(f"{name} has no shape")
-        if begin != end or stop - begin != math.prod(shape) * dtype.itemsize:
-            raise ValueError(f"{name} is not where it should be")
+        length = math.prod(shape) * dtype.itemsize
+        if not begin == end == stop - length <= size - start - length:
+            raise ValueError(f"{name} does not lie where it should")
         end = stop
         numbers = data[start + begin : start + stop]
         if (start + begin) % dtype.itemsize:
@@ -434,13 +434,6 @@ def read_zip(path):
     return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
-def is_pickle(start):
-    try:
-        return all(True for _ in pickletools.genops(start))
-    except ValueError:
-        return False
-
-
 def read_weights(path):
     """A file of torch.save, TorchScript or safetensors -> its dictionary, on CPU.
 
@@ -452,9 +445,9 @@ def read_weights(path):
     problem = "not a checkpoint, or a damaged one; download or copy it again"
     try:
         with open(path, "rb") as file:
-            start = file.read(1 << 20)
+            start = file.read(99)
         if start.startswith(b"version https://git-lfs"):
-            problem = "only points to a file; `git lfs pull` fetches that"
+            problem = "only stands for a file, which `git lfs pull` fetches"
             raise ValueError
         if path.suffix == ".safetensors" or start[4:9] == b"\0\0\0\0{":
             problem = "a damaged safetensors file ({}); download or copy it again"
@@ -465,7 +458,9 @@ def read_weights(path):
             weights = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damage can raise anything
         reason = " ".join(str(error).split())
-        if "Weights only load failed" in reason and (start[:2] == b"PK" or is_pickle(start)):
+        # torch says the same of a text, which does not begin as a zip file or a pickle does.
+        is_pickle = regex.match(rb"PK|\x80|[](}]|L\d|c\w+\n", start)
+        if is_pickle and "Weights only load failed" in reason:
             problem = "refused, it holds Python objects that could run code; save tensors only"
         elif isinstance(error, OSError):
             problem = "{}"
@@ -700,7 +695,7 @@ def load_strictly(model, state, source, new=()):
         raise InputError(f"{source}: {' '.join(str(error).split())}") from None
     broken = [name for name, x in model.named_parameters() if not x.isfinite().all()]
     if broken:
-        raise InputError(f"{source}: has numbers that are not finite, in {broken[0]} and others")
+        raise InputError(f"{source}: has numbers that are not finite, first in {broken[0]}")
     if new:
         names = ", ".join(f"{prefix}*" for prefix in new)
         print(f"{source}: new parameters, not in this file: {names}", file=sys.stderr)
@@ -743,8 +738,8 @@ def check_tensors(state, source, size):
     for name, x in state.items() if isinstance(state, dict) else [(None, None)]:
         if not isinstance(name, str) or not isinstance(x, torch.Tensor):
             raise InputError(f"{source}: not a model's weights, which are tensors with names")
-        if x.layout != torch.strided or x.device.type != "cpu" or x.is_quantized or x.is_nested:
-            raise InputError(f"{source}: {name} is sparse, quantised or the like; save it plain")
+        if x.layout != torch.strided or x.device.type != "cpu" or x.is_quantized:
+            raise InputError(f"{source}: {name} is sparse, quantised or on no device")
     if sum(x.numel() * x.element_size() for x in state.values()) > size:
         raise InputError(f"{source}: damaged, its tensors would be larger than it")
 
@@ -788,8 +783,8 @@ def load_model(name_or_path, readout="clip", activation=None, dino=None):
     if kind not in ("SegCLIP", "PACL"):
         clip = clip_from_state(state, name_or_path, **known)
         return DenseCLIP(clip, readout, load_dino(dino) if dino else None)
-    if readout != "clip":
-        raise InputError(f"{name_or_path}: --readout {readout} is for a CLIP, and this is a {kind}")
+    if readout != "clip" or dino:
+        raise InputError(f"{name_or_path}: --readout and --dino are for a CLIP; this is a {kind}")
     if kind == "SegCLIP":
         return segclip_from_state(state, name_or_path, known)
     config = config_from_shapes("PACL", state, name_or_path, **known)
@@ -836,7 +831,7 @@ def load_dino(path):
     What DINO's training saves also holds a Python object and is refused: save its "teacher" alone.
     """
     if not Path(path).exists():
-        raise InputError(f"{path}: no such file; DINO ViT-B/16 is at {DINO_ADDRESS}")
+        raise InputError(f"{path}: no such file; ViT-B/16 is at {DINO_ADDRESS}, ViT-B/8 likewise")
     state, _ = read_model(path)
     check_kind(state, "DINO", path)
     state = rename(state, DINO_NAMES)

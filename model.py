@@ -241,7 +241,7 @@ class CLIP(nn.Module):
     def dense_tokens(self, image, readout="clip", dino=None):
         """[B, 3, H, W] -> class token [B, D], patches [B, N, D], before ln_post and projection.
 
-        dino: a DINO, for "proxyclip": the patches are then its patches.
+        dino: for "proxyclip" a DINO, whose patches these are then.
         """
         blocks = self.visual.transformer.resblocks
         inputs = [self.visual.embed(image)]  # of each block, [B, 1 + N, D]
@@ -288,8 +288,8 @@ def read_out(blocks, inputs, readout, grid):
     clearclip (Lan et al., ECCV 2024): query-query attention, without residual connection and MLP.
     naclip (Hajimiri et al., WACV 2025): key-key attention with a bias towards near patches, without
         residual connection and MLP.
-    keymean (a baseline of RF-CLIP, AAAI 2026): the mean of the key-key attention of all blocks. The
-        paper does not mention the residual connection; the scenes score better with it.
+    keymean (a baseline of RF-CLIP, AAAI 2026): key-key attention, its mean over all blocks. Whether
+        with the residual connection is not published; with it the scenes score better.
     """
     block = blocks[-1]
     q, k, v = queries_keys_values(block, inputs[-1])
