@@ -4,13 +4,18 @@ Files are data: nothing that one holds is ever executed.
 """
 
 import dataclasses
+import functools
 import gzip
 import hashlib
 import html
+import importlib.util
+import json
 import math
 import os
 import pickle
 import sys
+import urllib.error
+import urllib.request
 import zipfile
 import zlib
 from collections import Counter
@@ -20,6 +25,7 @@ from pathlib import Path
 import ftfy
 import regex
 import torch
+from filelock import FileLock
 
 from model import CLIP, DINO, PACL, Config, DenseCLIP, InputError, SegCLIP
 
@@ -82,6 +88,8 @@ class Tokenizer:
         self.merges = list(merges)
         self.letters = byte_letters()
         pairs = [tuple(merge.split()) for merge in self.merges]
+        if any(len(pair) != 2 for pair in pairs):
+            raise ValueError("a merge is not a pair")
         self.rank = {pair: i for i, pair in enumerate(pairs)}
         letters = list(self.letters.values())
         tokens = letters + [letter + "</w>" for letter in letters]
@@ -97,13 +105,18 @@ class Tokenizer:
     def from_file(cls, path):
         """OpenAI's vocabulary file: a header, the merges, then lines that CLIP does not use."""
         try:
-            lines = gzip.decompress(Path(path).read_bytes()).decode().split("\n")
+            with gzip.open(path, "rt", encoding="utf-8") as file:
+                lines = file.read(1 << 24).split("\n")
+            merges = [line for line in lines[1 : 49152 - 256 - 2 + 1] if line]
+            if not merges:
+                raise ValueError("it has no merges")
+            return cls(merges)
         except (OSError, EOFError, ValueError, zlib.error) as error:
+            address = DOWNLOADS[VOCABULARY][2][0]
             raise InputError(
-                f"{path}: not a BPE vocabulary ({error}); get it from {DOWNLOADS[VOCABULARY][2]} "
+                f"{path}: not a BPE vocabulary ({error}); get it from {address} "
                 "and point to it with --vocabulary FILE"
             ) from None
-        return cls(lines[1 : 49152 - 256 - 2 + 1])
 
     @classmethod
     def learn(cls, texts, num_merges):
@@ -149,9 +162,17 @@ class Tokenizer:
         self.cache[word] = [self.ids[symbol] for symbol in symbols]
         return self.cache[word]
 
-    def encode(self, text):
-        """str -> list of token ids, without start and end."""
-        return [token for word in self.words(text) for token in self.pieces(word)]
+    def encode(self, text, most=math.inf):
+        """str -> list of token ids, without start and end; at least the first `most`."""
+        tokens = []
+        for word in self.words(text):
+            length = 8 * most  # letters; a longer word takes time that grows with their square
+            while length < len(word) and len(self.pieces(word[:length])) < 2 * most:
+                length *= 2
+            tokens += self.pieces(word[: min(length, len(word))])
+            if len(tokens) >= most:
+                break
+        return tokens
 
     def __call__(self, texts, context_length=77):
         """str or list of n strings -> LongTensor [n, context_length]: start, tokens, end, zeros.
@@ -162,7 +183,8 @@ class Tokenizer:
         texts = [texts] if isinstance(texts, str) else texts
         result = torch.zeros(len(texts), context_length, dtype=torch.long)
         for row, text in zip(result, texts):
-            tokens = [self.start, *self.encode(text)][: context_length - 1] + [self.end]
+            tokens = self.encode(text, context_length)
+            tokens = [self.start, *tokens][: context_length - 1] + [self.end]
             row[: len(tokens)] = torch.tensor(tokens)
         return result
 
@@ -170,24 +192,43 @@ class Tokenizer:
 # --------------------------------------------------------------------------------------------------
 # The cache and the web
 
+HUB = "https://huggingface.co"  # $HF_ENDPOINT names a mirror
 VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"
-DOWNLOADS = {  # name: (SHA-256, file name, address)
+DOWNLOADS = {  # name: (SHA-256, file name in the cache, addresses)
     VOCABULARY: (
         "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a",
         VOCABULARY,
-        f"https://github.com/openai/CLIP/raw/main/clip/{VOCABULARY}",
+        (
+            f"https://github.com/openai/CLIP/raw/main/clip/{VOCABULARY}",
+            f"https://dl.fbaipublicfiles.com/dinov3/thirdparty/{VOCABULARY}",
+        ),
     )
 }
-MODELS = {  # OpenAI's CLIPs: name: SHA-256
-    "ViT-B/32": "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af",
-    "ViT-B/16": "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f",
-    "ViT-L/14": "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836",
-    "ViT-L/14@336px": "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02",
+MODELS = {  # OpenAI's CLIPs: the SHA-256 and address of open_clip's file, the SHA-256 of OpenAI's
+    "ViT-B/32": (
+        "e6d1bd7789aa45192b3bf90570a789b478bae1b74ebcce7eddd908e83a2b7c31",
+        "timm/vit_base_patch32_clip_224.openai/resolve/a6f597a30f7b82c51704746581f9a4e41421e878",
+        "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af",
+    ),
+    "ViT-B/16": (
+        "4b8699299b1e8997753c64b052ba32031449d5d853f55a039148560ee02b820f",
+        "timm/vit_base_patch16_clip_224.openai/resolve/977e3dd0ec55ab8da155f2fbeb6b5f54948b6e3d",
+        "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f",
+    ),
+    "ViT-L/14": (
+        "9ce2e8a8ebfff3793d7d375ad6d3c35cb9aebf3de7ace0fc7308accab7cd207e",
+        "timm/vit_large_patch14_clip_224.openai/resolve/18d0535469bb561bf468d76c1d73aa35156c922b",
+        "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836",
+    ),
+    "ViT-L/14@336px": (
+        "fbc415c3d0d7b79faed8f5ccfb740c32b7c4f5ffe7283b851f89c6231c01a8e0",
+        "timm/vit_large_patch14_clip_336.openai/resolve/81e38efc4637de5023b10e75a7f9bd1c6fa6b010",
+        "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02",
+    ),
 }
-for _name, _sha256 in MODELS.items():
-    _file = regex.sub("[/@]", "-", _name) + ".pt"
-    _url = f"https://openaipublic.azureedge.net/clip/models/{_sha256}/{_file}"
-    DOWNLOADS[_name] = (_sha256, _file, _url)
+for _name, (_sha256, _place, _) in MODELS.items():
+    _file = regex.sub("[/@]", "-", _name) + ".safetensors"
+    DOWNLOADS[_name] = (_sha256, _file, (f"{HUB}/{_place}/open_clip_model.safetensors",))
 DINO_ADDRESS = (
     "https://dl.fbaipublicfiles.com/dino/dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth"
 )
@@ -206,35 +247,137 @@ def sha256_of(path):
     return digest.hexdigest()
 
 
-def fetch(name):
-    """The path of a file of DOWNLOADS in the cache: downloaded if needed, its SHA-256 verified."""
-    sha256, file, url = DOWNLOADS[name]
+def find(name):
+    """A valid copy of a file of DOWNLOADS on this machine -> its path, or None."""
+    sha256, file, _ = DOWNLOADS[name]
     path = cache_dir() / file
-    if path.is_file():
-        if sha256_of(path) == sha256:
-            return path
-        print(f"{path}: wrong SHA-256, downloading it again", file=sys.stderr)
+    copies = {path: sha256}
+    if name in MODELS:  # OpenAI's own archive, from when there was an address of it
+        copies[path.with_suffix(".pt")] = MODELS[name][2]
+    else:  # in packages, which are not imported
+        for spec in filter(None, map(importlib.util.find_spec, ("open_clip", "clip"))):
+            copies |= {Path(x, file): sha256 for x in spec.submodule_search_locations or ()}
+    for path, expected in copies.items():
+        if path.is_file():
+            if sha256_of(path) == expected:
+                return path
+            print(f"{path}: not used, wrong SHA-256", file=sys.stderr)
+
+
+def download(url, path, sha256):
+    """Saves a file as `path`, by way of path.part, which the next call goes on with. -> path."""
+    partial = path.with_name(path.name + ".part")
+    done = partial.stat().st_size if partial.exists() else 0
+    headers = {"User-Agent": "clip_loader", "Range": f"bytes={done}-"}
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)
-    except (OSError, HTTPException, RuntimeError) as error:
-        raise InputError(
-            f"{path}: no valid file, and none from {url} ({error}); put it there by hand, or give "
-            "--vocabulary FILE, --init FILE or --checkpoint FILE"
-        ) from None
-    return path
+        request = urllib.request.Request(url, headers=headers)
+        with urllib.request.urlopen(request, timeout=60) as answer, open(partial, "ab") as file:
+            if answer.status != 206:  # all of it, whatever was asked for
+                file.truncate(0)
+                done = 0
+            total = done + int(answer.headers["Content-Length"] or 0)
+            while chunk := answer.read(1 << 22):
+                done += file.write(chunk)
+                print(f"\r{path.name}: {done:,} of {total:,} bytes", end="", file=sys.stderr)
+            print(file=sys.stderr)
+        if done < total:
+            raise OSError("the connection broke; run it again to go on from there")
+    except urllib.error.HTTPError as error:
+        if error.code != 416:  # nothing is left to send
+            raise
+    if sha256_of(partial) != sha256:
+        partial.unlink()
+        raise OSError("a file with a wrong SHA-256")
+    return partial.replace(path)
+
+
+def fetch(name):
+    """The path of a file of DOWNLOADS, its SHA-256 verified; downloaded if needed."""
+    path = find(name)
+    if path:
+        return path
+    sha256, file, addresses = DOWNLOADS[name]
+    path = cache_dir() / file
+    failures = []
+    for url in addresses:
+        url = url.replace(HUB, (os.environ.get("HF_ENDPOINT") or HUB).rstrip("/"))
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(f"{path}.lock"):  # of several processes, one downloads
+                return find(name) or download(url, path, sha256)
+        except (OSError, HTTPException, ValueError) as error:
+            failures.append(f"{url} ({error})")
+    raise InputError(
+        f"{path}: no valid file, and none from {' or '.join(failures)}; without network, save it "
+        f"there by hand (SHA-256 {sha256}); HF_ENDPOINT names a mirror of {HUB}; or give another "
+        "by --vocabulary FILE, --init FILE or --checkpoint FILE"
+    )
 
 
 def load_tokenizer(checkpoint=None, vocabulary=None):
     """A checkpoint's own Tokenizer, else a vocabulary file's, else OpenAI's. Raises InputError."""
-    merges = None if checkpoint is None else read_weights(checkpoint).get("merges")
-    if merges is not None:
+    merges = None
+    if checkpoint is not None and checkpoint not in MODELS:
+        merges = read_weights(checkpoint).get("merges")
+    if merges is None:
+        return Tokenizer.from_file(vocabulary or fetch(VOCABULARY))
+    try:
         return Tokenizer(merges)
-    return Tokenizer.from_file(vocabulary or fetch(VOCABULARY))
+    except (AttributeError, TypeError, ValueError):
+        raise InputError(f"{checkpoint}: its merges are not pairs of tokens") from None
 
 
 # --------------------------------------------------------------------------------------------------
 # Files of weights
+
+SAFETENSORS = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+}
+
+
+def without_duplicates(pairs):
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a name is there twice")
+    return dict(pairs)
+
+
+def read_safetensors(path):
+    """The tensors of a safetensors file, mapped. Anything odd in it raises an exception.
+
+    8 bytes hold the length of the header. The header, in JSON, holds the type, the shape and the
+    place of each tensor. The rest is the numbers, without holes or overlaps.
+    """
+    size = path.stat().st_size
+    data = torch.from_file(str(path), size=size, dtype=torch.uint8)
+    start = 8 + int.from_bytes(data[:8].tolist(), "little")
+    if start > min(size, 8 + 100_000_000) or data[8] != ord("{"):
+        raise ValueError("no header")
+    header = data[8:start].numpy().tobytes().decode()
+    header = json.loads(header, object_pairs_hook=without_duplicates)
+    header.pop("__metadata__", None)
+    weights = {}
+    end = 0
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        begin, stop = entry["data_offsets"]
+        shape = entry["shape"]
+        dtype = SAFETENSORS[entry["dtype"]]
+        if len(shape) > 8 or not all(type(n) is int and 0 <= n <= size for n in shape):
+            raise ValueError(f"{name} has no shape")
+        length = math.prod(shape) * dtype.itemsize
+        if not begin == end == stop - length <= size - start - length:
+            raise ValueError(f"{name} does not lie where it should")
+        end = stop
+        numbers = data[start + begin : start + stop]
+        if (start + begin) % dtype.itemsize:
+            numbers = numbers.clone()  # aligned
+        weights[name] = numbers.view(dtype).reshape(shape)
+    if start + end != size:
+        raise ValueError(f"{size} bytes, not {start + end}")
+    return weights
 
 
 class Module:
@@ -248,11 +391,11 @@ class TorchScriptReader(pickle.Unpickler):
     Only what find_class returns can be called.
     """
 
-    def __init__(self, path):
-        self.archive = zipfile.ZipFile(path)
-        tree = next(name for name in self.archive.namelist() if name.endswith("/data.pkl"))
-        self.folder = tree.removesuffix(".pkl")
-        super().__init__(self.archive.open(tree))
+    def __init__(self, archive):
+        tree = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
+        folder = tree.removesuffix(".pkl")
+        self.read = functools.cache(lambda key: bytearray(archive.read(f"{folder}/{key}")))
+        super().__init__(archive.open(tree))
 
     def find_class(self, module, name):
         if module.startswith("__torch__") or name == "OrderedDict":
@@ -264,11 +407,11 @@ class TorchScriptReader(pickle.Unpickler):
         dtype = getattr(torch, name.removesuffix("Storage").lower(), None)
         if isinstance(dtype, torch.dtype):  # HalfStorage -> torch.half
             return dtype
-        raise pickle.UnpicklingError(f"Unsupported global {module}.{name}")
+        raise pickle.UnpicklingError(f"Weights only load failed: {module}.{name}")  # torch's words
 
     def persistent_load(self, reference):
         _, dtype, key, *_ = reference
-        return torch.frombuffer(bytearray(self.archive.read(f"{self.folder}/{key}")), dtype=dtype)
+        return torch.frombuffer(self.read(key), dtype=dtype)
 
     def state_dict(self):
         def collect(module, prefix):
@@ -281,29 +424,47 @@ class TorchScriptReader(pickle.Unpickler):
         return dict(collect(self.load(), ""))
 
 
+def read_zip(path):
+    with zipfile.ZipFile(path) as archive:
+        if sum(file.file_size for file in archive.infolist()) > 10 * path.stat().st_size:
+            raise ValueError("packed, as weights never are")
+        if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+            return TorchScriptReader(archive).state_dict()
+    # Mapped, so that tensors that are not used (an optimiser's) cost nothing.
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+
+
 def read_weights(path):
-    """A torch.save file or TorchScript archive -> its state dict or checkpoint dictionary, on CPU.
+    """A file of torch.save, TorchScript or safetensors -> its dictionary, on CPU.
 
     Raises InputError for a file that is missing, damaged, or would need Python code to be run.
     """
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: neither a file nor one of the models {', '.join(MODELS)}")
+    problem = "not a checkpoint, or a damaged one; download or copy it again"
     try:
-        is_zip = zipfile.is_zipfile(path)
-        files = zipfile.ZipFile(path).namelist() if is_zip else []
-        if any(name.endswith("/constants.pkl") for name in files):
-            return TorchScriptReader(path).state_dict()
-        # Mapped, so that tensors that are not used (an optimiser's) cost nothing.
-        weights = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+        with open(path, "rb") as file:
+            start = file.read(99)
+        if start.startswith(b"version https://git-lfs"):
+            problem = "only stands for a file, which `git lfs pull` fetches"
+            raise ValueError
+        if path.suffix == ".safetensors" or start[4:9] == b"\0\0\0\0{":
+            problem = "a damaged safetensors file ({}); download or copy it again"
+            weights = read_safetensors(path)
+        elif zipfile.is_zipfile(path):
+            weights = read_zip(path)
+        else:
+            weights = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damage can raise anything
-        problem = "not a checkpoint, or a damaged one; download or copy it again"
-        # Operand 149 is in every pickle of a newer protocol than torch.save's.
-        if regex.search("(?i)unsupported (global|operand 149)", str(error)):
+        reason = " ".join(str(error).split())
+        # torch says the same of a text, which does not begin as a zip file or a pickle does.
+        is_pickle = regex.match(rb"PK|\x80|[](}]|L\d|c\w+\n", start)
+        if is_pickle and "Weights only load failed" in reason:
             problem = "refused, it holds Python objects that could run code; save tensors only"
         elif isinstance(error, OSError):
-            problem = error
-        raise InputError(f"{path}: {problem}") from None
+            problem = "{}"
+        raise InputError(f"{path}: {problem.format(reason)}") from None
     if not isinstance(weights, dict):
         raise InputError(f"{path}: holds a {type(weights).__name__}, not a dictionary of weights")
     return weights
@@ -378,8 +539,23 @@ AUTHORS_NAMES = {
     "decoder.pred.": "decoder.pixels.",
     **TIMM_NAMES,
 }
+TRANSFORMERS_NAMES = {  # of CLIPModel
+    "vision_model.": "visual.",
+    "text_model.": "",
+    "visual_projection.weight": "visual.proj",
+    "text_projection.weight": "text_projection",
+    "embeddings.patch_embedding.": "conv1.",
+    "embeddings.position_embedding.weight": "positional_embedding",
+    "embeddings.": "",
+    "pre_layrnorm.": "ln_pre.",
+    "post_layernorm.": "ln_post.",
+    "final_layer_norm.": "ln_final.",
+    "encoder.layers.": "transformer.resblocks.",
+    ".layer_norm": ".ln_",
+    ".self_attn.": ".attn.",
+    **TIMM_NAMES,
+}
 DINO_NAMES = {
-    "module.": "",
     "backbone.": "",
     "cls_token": "class_embedding",
     "pos_embed": "positional_embedding",
@@ -427,6 +603,26 @@ def from_authors(state):
     return state, first
 
 
+def join_qkv(state):
+    """The q_proj, k_proj and v_proj of an attention become in_proj, as OpenAI's."""
+    joined = {}
+    for name, tensor in state.items():
+        parts = [regex.sub(r"\.[qkv]_proj\.", f".{part}_proj.", name) for part in "qkv"]
+        if parts[0] != parts[1] and all(part in state for part in parts):
+            name = parts[0].replace(".q_proj.", ".in_proj_")
+            tensor = torch.cat([state[part] for part in parts])
+        joined[name] = tensor
+    return joined
+
+
+def from_transformers(state):
+    """The state dict of transformers' CLIPModel -> the same as OpenAI's."""
+    state = join_qkv(rename(state, TRANSFORMERS_NAMES))
+    for name in state.keys() & {"visual.proj", "text_projection"}:
+        state[name] = state[name].t()
+    return {name: x for name, x in state.items() if not name.endswith("position_ids")}  # fixed
+
+
 def kind_of(state):
     """The model whose parameters have such names: one of SIGNS, or None."""
     return next((kind for sign, kind in SIGNS.items() if any(sign in x for x in state)), None)
@@ -442,8 +638,12 @@ def check_kind(state, needed, source):
 
 
 def config_from_shapes(kind, state, source, **known):
-    """The Config of a model with our names: `known`, what its shapes tell, else the paper's."""
+    """The Config of a model with our names: what its shapes tell, else `known`, else the paper's.
+
+    Raises InputError, also where the model would be far larger than the state dict.
+    """
     visual = "" if kind == "DINO" else "visual."
+    held = sum(x.numel() for x in state.values())
     state = state | part(state, "clip.")
     try:
         width, _, patch_size, _ = state[f"{visual}conv1.weight"].shape
@@ -454,7 +654,7 @@ def config_from_shapes(kind, state, source, **known):
             "patch_size": patch_size,
             "vision_width": width,
             "vision_layers": layers,
-            "first_stage_layers": layers,
+            "first_stage_layers": known.get("first_stage_layers", layers),
         }
         if kind != "DINO":
             sizes |= {
@@ -468,12 +668,20 @@ def config_from_shapes(kind, state, source, **known):
             sizes |= {
                 "num_centers": state["group.centers"].shape[0],
                 "cross_layers": count_layers(state, "group.cross_blocks."),
-                "decoder_layers": count_layers(state, "decoder.blocks.") or Config.decoder_layers,
             }
-        return Config(**sizes | known)
+            if part(state, "decoder."):
+                sizes["decoder_layers"] = count_layers(state, "decoder.blocks.")
+        config = Config(**known | sizes)
+        if max(n for name, n in vars(config).items() if name.endswith("layers")) > 200:
+            raise ValueError("more than 200 blocks")
+        with torch.device("meta"):  # where nothing is allocated
+            model = {"SegCLIP": SegCLIP, "DINO": DINO}.get(kind, CLIP)(config)
+        if sum(x.numel() for x in model.parameters()) > 2 * held:
+            raise ValueError(f"too few parameters, {held}")
+        return config
     except KeyError as error:
         raise InputError(f"{source}: not a {kind} with a ViT: no parameter named {error}") from None
-    except (ValueError, IndexError) as error:
+    except (ValueError, IndexError, RuntimeError) as error:
         raise InputError(f"{source}: not the architecture of a {kind} ({error})") from None
 
 
@@ -485,6 +693,9 @@ def load_strictly(model, state, source, new=()):
         model.load_state_dict(fresh | state)
     except (RuntimeError, IndexError) as error:
         raise InputError(f"{source}: {' '.join(str(error).split())}") from None
+    broken = [name for name, x in model.named_parameters() if not x.isfinite().all()]
+    if broken:
+        raise InputError(f"{source}: has numbers that are not finite, first in {broken[0]}")
     if new:
         names = ", ".join(f"{prefix}*" for prefix in new)
         print(f"{source}: new parameters, not in this file: {names}", file=sys.stderr)
@@ -492,61 +703,91 @@ def load_strictly(model, state, source, new=()):
 
 
 def read_model(source, activation=None):
-    """One of OpenAI's names or a file -> (state dict, Config if it is ours, of this activation)."""
-    state = read_weights(fetch(source) if source in MODELS else source)
-    config = None
+    """One of OpenAI's names or a file -> (state dict, what is known of its Config).
+
+    That is all of it in our checkpoints, which must be of this activation. Raises InputError.
+    """
+    path = Path(fetch(source) if source in MODELS else source)
+    state = read_weights(path)
+    known = {"activation": activation} if activation else {}
     if {"config", "model"} <= state.keys():
+        types = {field.name: type(field.default) for field in dataclasses.fields(Config)}
         try:
-            config = Config(**state["config"])
-        except (TypeError, ValueError) as error:
+            known = {name: types[name](value) for name, value in state["config"].items()}
+            config = Config(**known)
+        except Exception as error:  # anything can be in a file
+            error = f"{type(error).__name__}: {error}"
             raise InputError(f"{source}: of another version of this project ({error})") from None
         if activation not in (None, config.activation):
             raise InputError(f"{source}: was trained with --activation {config.activation}")
         state = state["model"]
-    elif isinstance(state.get("teacher"), dict):  # from DINO's training
-        state = state["teacher"]
-    entries = state.items() if isinstance(state, dict) else [(None, None)]
-    if not all(isinstance(name, str) and isinstance(x, torch.Tensor) for name, x in entries):
-        raise InputError(f"{source}: not a model's weights, which are tensors with names")
-    return state, config
+    else:  # from DINO's or open_clip's training
+        state = next((state[key] for key in ("teacher", "state_dict") if key in state), state)
+    check_tensors(state, source, path.stat().st_size)
+    state = {name.removeprefix("module."): x for name, x in state.items()}
+    if any(name.startswith("vision_model.encoder.layers.") for name in state):
+        try:
+            state = from_transformers(state)
+        except RuntimeError as error:
+            raise InputError(f"{source}: not the architecture of a CLIP ({error})") from None
+    return state, known
+
+
+def check_tensors(state, source, size):
+    """Raises InputError unless these are plain tensors with names, no larger than the file."""
+    for name, x in state.items() if isinstance(state, dict) else [(None, None)]:
+        if not isinstance(name, str) or not isinstance(x, torch.Tensor):
+            raise InputError(f"{source}: not a model's weights, which are tensors with names")
+        if x.layout != torch.strided or x.device.type != "cpu" or x.is_quantized:
+            raise InputError(f"{source}: {name} is sparse, quantised or on no device")
+    if sum(x.numel() * x.element_size() for x in state.values()) > size:
+        raise InputError(f"{source}: damaged, its tensors would be larger than it")
 
 
 def load_clip(name_or_path, activation=None):
-    """-> CLIP in float32, from one of OpenAI's names ("ViT-B/16"), their archive, a state dict, or
-    a checkpoint of `train.py --method clip`. Raises InputError.
+    """-> CLIP in float32: one of OpenAI's names ("ViT-B/16"), a file of OpenAI, open_clip or
+    transformers, or a checkpoint of `train.py --method clip`. Raises InputError.
 
-    activation: "quick_gelu" or "gelu"; None is our checkpoint's own, else "quick_gelu".
+    activation: "quick_gelu" or "gelu"; None is our checkpoint's own, else see GELU_WEIGHTS.
     """
-    state, config = read_model(name_or_path, activation)
-    return clip_from_state(state, name_or_path, config, activation)
+    state, known = read_model(name_or_path, activation)
+    return clip_from_state(state, name_or_path, **known)
 
 
-def clip_from_state(state, source, config=None, activation=None):
+GELU_WEIGHTS = "(?i)laion-?2b|datacomp"  # in a file's name; others are read with QuickGELU
+
+
+def clip_from_state(state, source, **known):
     check_kind(state, "CLIP", source)
-    if config is None:
-        config = config_from_shapes("CLIP", state, source, activation=activation or "quick_gelu")
-        if config.vision_width > 1024:
-            width = f"width {config.vision_width}, whose heads are not 64 wide"
-            raise InputError(f"{source}: of {width}; only ViT-B and ViT-L are supported")
-        if activation is None and "input_resolution" not in state:  # not OpenAI's archive
-            note = "as OpenAI's weights; for LAION's or DataComp's: --activation gelu"
-            print(f"{source}: read with QuickGELU, {note}", file=sys.stderr)
+    if "activation" not in known:
+        known["activation"] = "gelu" if regex.search(GELU_WEIGHTS, str(source)) else "quick_gelu"
+        if source not in MODELS and "input_resolution" not in state:  # not surely OpenAI's
+            note = "OpenAI's weights need quick_gelu; LAION's and DataComp's: --activation gelu"
+            print(f"{source}: read with {known['activation']}; {note}", file=sys.stderr)
+    config = config_from_shapes("CLIP", state, source, **known)
+    if config.vision_width > 1024:
+        width = f"width {config.vision_width}, whose heads are not 64 wide"
+        raise InputError(f"{source}: of {width}; only ViT-B and ViT-L are supported")
     sizes = ("input_resolution", "context_length", "vocab_size")  # in OpenAI's archives
     state = {name.removeprefix("clip."): x for name, x in state.items() if name not in sizes}
     return load_strictly(CLIP(config), state, source)
 
 
-def load_model(name_or_path, readout="clip", activation=None):
-    """Any file -> SegCLIP, PACL, or for a CLIP a DenseCLIP with this readout. Raises InputError."""
-    state, config = read_model(name_or_path, activation)
+def load_model(name_or_path, readout="clip", activation=None, dino=None):
+    """Any file -> SegCLIP, PACL, or for a CLIP a DenseCLIP with this readout. Raises InputError.
+
+    dino: the file of a DINO, for the readout "proxyclip".
+    """
+    state, known = read_model(name_or_path, activation)
     kind = kind_of(state)
     if kind not in ("SegCLIP", "PACL"):
-        return DenseCLIP(clip_from_state(state, name_or_path, config, activation), readout)
-    if readout != "clip":
-        raise InputError(f"{name_or_path}: --readout {readout} is for a CLIP, and this is a {kind}")
+        clip = clip_from_state(state, name_or_path, **known)
+        return DenseCLIP(clip, readout, load_dino(dino) if dino else None)
+    if readout != "clip" or dino:
+        raise InputError(f"{name_or_path}: --readout and --dino are for a CLIP; this is a {kind}")
     if kind == "SegCLIP":
-        return segclip_from_state(state, name_or_path, config)
-    config = config or config_from_shapes("PACL", state, name_or_path)
+        return segclip_from_state(state, name_or_path, known)
+    config = config_from_shapes("PACL", state, name_or_path, **known)
     dino = part(state, "dino.")
     dino = DINO(config_from_shapes("DINO", dino, name_or_path)) if dino else None
     return load_strictly(PACL(CLIP(config), dino), state, name_or_path)
@@ -564,24 +805,24 @@ def load_segclip(path_or_clip, activation=None, **sizes):
         clip = source
         source = "CLIP"
     else:
-        state, config = read_model(source, activation)
+        state, known = read_model(source, activation)
         if kind_of(state) == "SegCLIP":
-            return segclip_from_state(state, source, config, sizes)
-        clip = clip_from_state(state, source, config, activation)
+            return segclip_from_state(state, source, known, sizes)
+        clip = clip_from_state(state, source, **known)
     sizes = {"first_stage_layers": max(clip.config.vision_layers - 2, 0), **sizes}
     state = {f"clip.{name}": tensor for name, tensor in clip.state_dict().items()}
     new = ("group.", "reconstruction_layer.", "reconstruction_blocks.", "decoder.")
     return load_strictly(SegCLIP(dataclasses.replace(clip.config, **sizes)), state, source, new)
 
 
-def segclip_from_state(state, source, config=None, sizes=()):
+def segclip_from_state(state, source, known, sizes=()):
     new = ()
-    if config is None:
-        state, first = from_authors(state)
-        config = config_from_shapes("SegCLIP", state, source, first_stage_layers=first)
+    if "first_stage_layers" not in known:  # not ours
+        state, known["first_stage_layers"] = from_authors(state)
         new = ("decoder.",)
-    free = {name: sizes[name] for name in ("gumbel_tau", "mask_ratio") if name in sizes}
-    return load_strictly(SegCLIP(dataclasses.replace(config, **free)), state, source, new)
+    known |= {name: sizes[name] for name in ("gumbel_tau", "mask_ratio") if name in sizes}
+    config = config_from_shapes("SegCLIP", state, source, **known)
+    return load_strictly(SegCLIP(config), state, source, new)
 
 
 def load_dino(path):
@@ -590,7 +831,7 @@ def load_dino(path):
     What DINO's training saves also holds a Python object and is refused: save its "teacher" alone.
     """
     if not Path(path).exists():
-        raise InputError(f"{path}: no such file; DINO ViT-B/16 is at {DINO_ADDRESS}")
+        raise InputError(f"{path}: no such file; ViT-B/16 is at {DINO_ADDRESS}, ViT-B/8 likewise")
     state, _ = read_model(path)
     check_kind(state, "DINO", path)
     state = rename(state, DINO_NAMES)

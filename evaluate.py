@@ -30,7 +30,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-from clip_loader import MODELS, fetch, load_model, load_tokenizer, sha256_of
+from clip_loader import MODELS, find, load_model, load_tokenizer, sha256_of
 from data import (
     BENCHMARKS,
     ClassFolder,
@@ -224,6 +224,13 @@ PROTOCOLS = {
         "pascal_context": {"background_threshold": 0.15},
         "coco_object": {"background_threshold": 0.4},
         "cityscapes": {"window": 224},
+    },
+    "proxyclip": {
+        "": SCLIP | {"window": 336, "background_threshold": 0.2},
+        "pascal_context": {"background_threshold": 0.15},
+        "coco_object": {"background_threshold": 0.25},
+        "ade20k": {"short_side": 448},
+        "cityscapes": {"short_side": 448, "window": 224},
     },
     # Zero-shot classification of whole images, with OpenAI's seven templates.
     "classify": {"": SEGCLIP | {"scoring": "cosines", "templates": 7, "top_k": None}},
@@ -1101,11 +1108,13 @@ def add_arguments(parser):
         "between commas; needed by --image and --images")
     add("--limit", type=number(int, 1), metavar="N", help="only the first N images [all]")
     add = parser.add_argument_group("the model").add_argument
-    add("--checkpoint", "--model", default=DEFAULT_CHECKPOINT, metavar="FILE",
+    add("--checkpoint", "--model", metavar="FILE",
         help="a checkpoint of train.py, the authors' segclip.bin, or a CLIP: a file, or ViT-B/16 "
-        "[%(default)s]")
+        f"[{DEFAULT_CHECKPOINT}; own images with words that it does not know: ViT-B/16]")
     add("--readout", choices=READOUTS, default="clip",
         help="how a CLIP's last block makes patch tokens; see read_out in model.py [%(default)s]")
+    add("--dino", metavar="FILE",
+        help="DINO's ViT-B/8 or ViT-B/16, for --readout proxyclip, whose patches it has")
     add("--activation", choices=ACTIVATIONS,
         help="of a CLIP that is not OpenAI's: gelu for LAION's and DataComp's weights [quick_gelu]")
     add("--vocabulary", metavar="FILE", help="OpenAI's BPE vocabulary [cache, or download]")
@@ -1223,14 +1232,33 @@ def open_segmenter(
     return Segmenter(model.eval(), text, class_of_word, protocol, batch_size, bf16)
 
 
-def warn_of_unknown_words(tokenizer, classes):
-    """Names the words that a vocabulary learned from captions splits into several tokens."""
+def unknown_words(tokenizer, classes):
+    """The words that a vocabulary learned from captions splits into several tokens."""
+    if tokenizer.vocab_size == Config.vocab_size:
+        return []
     words = [word for synonyms in classes for word in synonyms]
-    rare = [w for w in words if any(len(tokenizer.pieces(part)) > 1 for part in tokenizer.words(w))]
-    if rare and tokenizer.vocab_size < Config.vocab_size:
-        print(
-            f"rare or unknown in this model's training captions: {', '.join(rare)}", file=sys.stderr
-        )
+    return [w for w in words if any(len(tokenizer.pieces(part)) > 1 for part in tokenizer.words(w))]
+
+
+def default_model(classes):
+    """What labels images if no --checkpoint was given -> checkpoint, read-out or None.
+
+    The model of train.py, if it knows the words; else a CLIP that is in the cache. Raises
+    InputError.
+    """
+    unknown = []
+    if os.path.exists(DEFAULT_CHECKPOINT):
+        unknown = unknown_words(load_tokenizer(DEFAULT_CHECKPOINT), classes)
+        if not unknown:
+            return DEFAULT_CHECKPOINT, None
+    reason = f"{DEFAULT_CHECKPOINT} does not exist"
+    if unknown:
+        reason = f"{DEFAULT_CHECKPOINT} does not know {', '.join(unknown)}"
+    flags = "--checkpoint ViT-B/16 --readout naclip"
+    if not find("ViT-B/16"):
+        raise InputError(f"{reason}; add {flags}, which downloads 600 MB once")
+    print(f"{reason}: using {flags}", file=sys.stderr)
+    return "ViT-B/16", "naclip"
 
 
 def report(metrics):
@@ -1244,23 +1272,17 @@ def report(metrics):
     print(f"{line}  over {metrics['images']} images  protocol {metrics['protocol']['name']}")
 
 
-def open_model(name_or_path, readout, activation, vocabulary):
+def open_model(name_or_path, readout, activation, dino, vocabulary):
     """-> model, tokenizer. Raises InputError."""
-    path = checkpoint_path(name_or_path)
-    if name_or_path == DEFAULT_CHECKPOINT and not path.exists():
-        raise InputError(
-            f"{path}: does not exist; run `python train.py`, or give --checkpoint FILE"
-        )
-    model = load_model(path, readout, activation).eval()
-    tokenizer = load_tokenizer(path, vocabulary)
+    if name_or_path == DEFAULT_CHECKPOINT and not os.path.exists(name_or_path):
+        advice = "run `python train.py`, or give --checkpoint FILE"
+        raise InputError(f"{name_or_path}: does not exist; {advice}")
+    model = load_model(name_or_path, readout, activation, dino).eval()
+    tokenizer = load_tokenizer(name_or_path, vocabulary)
     if model.config.vocab_size != tokenizer.vocab_size:
         sizes = f"{model.config.vocab_size} tokens, but the vocabulary has {tokenizer.vocab_size}"
         raise InputError(f"{name_or_path}: made for {sizes}")
     return model, tokenizer
-
-
-def checkpoint_path(name_or_path):
-    return fetch(name_or_path) if name_or_path in MODELS else Path(name_or_path)
 
 
 def output_folder(output, source, checkpoint):
@@ -1276,12 +1298,18 @@ def main(argv=None):
     args = parse_args(argv)
     device = start_processes(args.device)
     rank, _ = rank_and_world()
-    model, tokenizer = open_model(args.checkpoint, args.readout, args.activation, args.vocabulary)
     kinds = {"image": args.image, "images": args.images, "classify": args.classify}
     kinds = {kind: path for kind, path in kinds.items() if path} or {args.dataset: args.data_root}
     ((source, root),) = kinds.items()
-    output = output_folder(args.output, source, args.checkpoint)
     classes = read_classes(args.words) if args.words else None
+    checkpoint = args.checkpoint or DEFAULT_CHECKPOINT
+    readout = args.readout
+    if not args.checkpoint and (args.image or args.images):
+        checkpoint, best = default_model(classes)
+        readout = best or readout
+    files = args.activation, args.dino, args.vocabulary
+    model, tokenizer = open_model(checkpoint, readout, *files)
+    output = output_folder(args.output, source, checkpoint)
     has_background = args.background is not None or args.background_entropy is not None
     labels = {"labels": args.labels_dir, "ignored": args.ignore, "output": output}
     how = model.config.image_size, classes, has_background
@@ -1293,8 +1321,9 @@ def main(argv=None):
     how = protocol, classes, args.batch_size, args.precision == "bf16"
     segmenter = open_segmenter(model.to(device), tokenizer, dataset, *how, **changes)
     output.mkdir(parents=True, exist_ok=True)
-    if rank == 0 and source not in DATASETS:
-        warn_of_unknown_words(tokenizer, segmenter.protocol.classes)
+    unknown = unknown_words(tokenizer, segmenter.protocol.classes)
+    if rank == 0 and unknown and source not in DATASETS:
+        print(f"rare or unknown in the captions of training: {', '.join(unknown)}", file=sys.stderr)
     if args.image:
         if rank == 0:
             show_image(segmenter, dataset, output, args.heat)
@@ -1306,7 +1335,8 @@ def main(argv=None):
     if rank:
         return
     if metrics.get("images"):
-        metrics["checkpoint_sha256"] = sha256_of(checkpoint_path(args.checkpoint))
+        path = find(checkpoint) if checkpoint in MODELS else checkpoint
+        metrics["checkpoint_sha256"] = sha256_of(path)
         metrics["protocol"] = vars(segmenter.protocol)
         metrics["flags"] = {name: value for name, value in vars(args).items() if value is not None}
         (output / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")

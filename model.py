@@ -238,15 +238,24 @@ class CLIP(nn.Module):
         """[B, 3, H, W] -> [B, N, E]. readout: one of READOUTS; "clip" is CLIP as trained."""
         return self.visual.project(self.dense_tokens(image, readout)[1])
 
-    def dense_tokens(self, image, readout="clip"):
-        """[B, 3, H, W] -> class token [B, D], patches [B, N, D], before ln_post and projection."""
+    def dense_tokens(self, image, readout="clip", dino=None):
+        """[B, 3, H, W] -> class token [B, D], patches [B, N, D], before ln_post and projection.
+
+        dino: for "proxyclip" a DINO, whose patches these are then.
+        """
         blocks = self.visual.transformer.resblocks
-        x = blocks[:-1](self.visual.embed(image))
-        trained = blocks[-1](x)  # [B, 1 + N, D]
-        dense = trained
-        if readout != "clip":
-            dense = read_out(blocks[-1], x, readout, self.visual.grid(*image.shape[-2:]))
-        return trained[:, 0], dense[:, 1:]
+        inputs = [self.visual.embed(image)]  # of each block, [B, 1 + N, D]
+        for block in blocks:
+            inputs.append(block(inputs[-1]))
+        trained = inputs.pop()
+        grid = self.visual.grid(*image.shape[-2:])
+        if readout == "clip":
+            dense = trained[:, 1:]
+        elif readout == "proxyclip":
+            dense = proxy_read_out(blocks[-1], inputs[-1], grid, dino, image)
+        else:
+            dense = read_out(blocks, inputs, readout, grid)[:, 1:]
+        return trained[:, 0], dense
 
     def encode_text(self, text):
         """[B, T] token ids -> [B, E], from the end token, which attends to all before it."""
@@ -264,44 +273,71 @@ class CLIP(nn.Module):
         return logits, logits.T
 
 
-READOUTS = ("clip", "maskclip", "sclip", "clearclip", "naclip")
+READOUTS = ("clip", "maskclip", "sclip", "clearclip", "naclip", "keymean", "proxyclip")
 
 
-def read_out(block, x, readout, grid):
+def read_out(blocks, inputs, readout, grid):
     """CLIP's last block with another attention: [B, 1 + N, D] -> [B, 1 + N, D].
 
     As trained, patches gather what describes the whole image. Here a patch attends to itself or to
-    similar patches. grid: rows and columns of the patches. Raises InputError for another readout.
+    similar patches. inputs: of each of the blocks. grid: rows and columns of the patches. Raises
+    InputError for another readout.
 
     maskclip (Zhou et al., ECCV 2022): each token attends to itself only.
     sclip (Wang et al., ECCV 2024): query-query attention plus key-key attention.
     clearclip (Lan et al., ECCV 2024): query-query attention, without residual connection and MLP.
     naclip (Hajimiri et al., WACV 2025): key-key attention with a bias towards near patches, without
         residual connection and MLP.
+    keymean (a baseline of RF-CLIP, AAAI 2026): key-key attention, its mean over all blocks. Whether
+        with the residual connection is not published; with it the scenes score better.
     """
-    attn = block.attn
-    qkv = F.linear(block.ln_1(x), attn.in_proj_weight, attn.in_proj_bias)
-    # [B, 1 + N, 3 D] -> three times [B, heads, 1 + N, D/heads]
-    q, k, v = qkv.unflatten(-1, (3, attn.heads, -1)).permute(2, 0, 3, 1, 4)
+    block = blocks[-1]
+    q, k, v = queries_keys_values(block, inputs[-1])
 
-    def attend(a, bias=0):
-        return (a @ a.transpose(-2, -1) / math.sqrt(a.shape[-1]) + bias).softmax(dim=-1) @ v
+    def attention(a, bias=0):
+        return (a @ a.mT / math.sqrt(a.shape[-1]) + bias).softmax(dim=-1)
 
     if readout == "maskclip":
         y = v
     elif readout == "sclip":
-        y = attend(q) + attend(k)
+        y = (attention(q) + attention(k)) @ v
     elif readout == "clearclip":
-        y = attend(q)
+        y = attention(q) @ v
     elif readout == "naclip":
-        y = attend(k, gaussian_bias(*grid, x.device))
+        y = attention(k, gaussian_bias(*grid, k.device)) @ v
+    elif readout == "keymean":
+        keys = [queries_keys_values(*pair)[1] for pair in zip(blocks, inputs)]
+        y = sum(map(attention, keys)) / len(keys) @ v
     else:
         raise InputError(f"readout {readout}: there are {', '.join(READOUTS)}")
-    y = attn.out_proj(y.transpose(1, 2).flatten(2))  # [B, heads, 1 + N, D/heads] -> [B, 1 + N, D]
-    if readout in ("clearclip", "naclip"):
+    # [B, heads, 1 + N, D/heads] -> [B, 1 + N, D]
+    y = block.attn.out_proj(y.transpose(1, 2).flatten(2))
+    if readout not in ("maskclip", "sclip", "keymean"):
         return y
-    x = x + y
+    x = inputs[-1] + y
     return x + block.mlp(block.ln_2(x))
+
+
+def queries_keys_values(block, x):
+    """[B, 1 + N, D] -> q, k, v of a block's attention: [B, heads, 1 + N, D/heads]."""
+    qkv = F.linear(block.ln_1(x), block.attn.in_proj_weight, block.attn.in_proj_bias)
+    return qkv.unflatten(-1, (3, block.attn.heads, -1)).permute(2, 0, 3, 1, 4)
+
+
+def proxy_read_out(block, x, grid, dino, image):
+    """ProxyCLIP (Lan et al., ECCV 2024): patches attend to those that a DINO finds alike.
+
+    x [B, 1 + N, D], of N patches in a `grid` -> [B, N', D], of the DINO's N' patches.
+    """
+    f = F.normalize(dino(image)[:, 1:], dim=-1)  # [B, N', width of dino]
+    cosines = f @ f.mT
+    scores = 3 * (cosines - 1.2 * cosines.mean(dim=(1, 2), keepdim=True))  # [B, N', N']
+    itself = torch.eye(f.shape[1], dtype=torch.bool, device=f.device)  # or a row could be empty
+    A = scores.masked_fill((scores < 0) & ~itself, -torch.inf).softmax(dim=-1)
+    v = queries_keys_values(block, x)[2, :, :, 1:]  # [B, heads, N, D/heads]
+    v = v.transpose(2, 3).flatten(1, 2).unflatten(2, grid)  # [B, D, rows, columns]
+    v = F.interpolate(v, dino.grid(*image.shape[-2:]), mode="bilinear")
+    return block.attn.out_proj(A @ v.flatten(2).mT)
 
 
 def gaussian_bias(rows, columns, device):
@@ -346,15 +382,16 @@ class OnCLIP(nn.Module):
     forward: image, text, noise and reconstruct -> what the losses need, as a dictionary.
     """
 
-    def __init__(self, clip):
+    def __init__(self, clip, dino=None):
         super().__init__()
         self.config = clip.config
         self.clip = clip
+        self.dino = dino
 
     @property
     def visual(self):
         """The image encoder whose patches are labelled."""
-        return self.clip.visual
+        return self.dino or self.clip.visual
 
     def encode_text(self, text):
         """[B, T] token ids -> [B, E], by CLIP."""
@@ -366,20 +403,25 @@ class OnCLIP(nn.Module):
 
 
 class DenseCLIP(OnCLIP):
-    """The baseline: CLIP, with each patch as a region. readout: one of READOUTS."""
+    """The baseline: CLIP, with each patch as a region.
 
-    def __init__(self, clip, readout="clip"):
-        super().__init__(clip)
+    readout: one of READOUTS. dino: for "proxyclip" a DINO, whose patches are labelled then.
+    """
+
+    def __init__(self, clip, readout="clip", dino=None):
+        super().__init__(clip, dino)
+        if (readout == "proxyclip") != (dino is not None):
+            raise InputError("--readout proxyclip and --dino FILE need each other")
         self.readout = readout
 
     def encode_image(self, image):
         """[B, 3, H, W] -> ImageEncoding, with the class token's feature."""
-        class_token, patches = self.clip.dense_tokens(image, self.readout)
-        return ImageEncoding(self.visual.project(class_token), self.visual.project(patches))
+        tokens = self.clip.dense_tokens(image, self.readout, self.dino)
+        return ImageEncoding(*map(self.clip.visual.project, tokens))
 
     def patch_tokens(self, image):
         """[B, 3, H, W] -> [B, N, D], by `readout`."""
-        return self.clip.dense_tokens(image, self.readout)[1]
+        return self.clip.dense_tokens(image, self.readout, self.dino)[1]
 
     def forward(self, image, text, reconstruct=False):
         return {
@@ -717,18 +759,13 @@ class PACL(OnCLIP):
     """
 
     def __init__(self, clip, dino=None):
-        super().__init__(clip.requires_grad_(False))
+        super().__init__(clip.requires_grad_(False), dino and dino.requires_grad_(False))
         P = clip.config.patch_size
         if dino and dino.patch_size != P:  # the project reads config.patch_size everywhere
             raise InputError(
                 f"DINO has patches of {dino.patch_size} pixels, CLIP of {P}: take two that agree"
             )
-        self.dino = dino and dino.requires_grad_(False)
         self.embedder = PatchEmbedder(self.visual.conv1.out_channels, clip.config.embed_dim)
-
-    @property
-    def visual(self):
-        return self.dino or self.clip.visual
 
     def encode_image(self, image):
         """[B, 3, H, W] -> ImageEncoding: CLIP's image feature and the embedded patches."""

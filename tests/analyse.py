@@ -300,7 +300,9 @@ def parse_args(argv=None):
 
 def open_all(checkpoint, readout, args):
     """-> Segmenter, tokenizer, data set, with the flags of evaluate.py."""
-    model, tokenizer = evaluate.open_model(checkpoint, readout, args.activation, args.vocabulary)
+    files = args.activation, args.dino, args.vocabulary
+    checkpoint = checkpoint or evaluate.DEFAULT_CHECKPOINT
+    model, tokenizer = evaluate.open_model(checkpoint, readout, *files)
     classes = evaluate.read_classes(args.words) if args.words else None
     has_background = args.background is not None or args.background_entropy is not None
     how = model.config.image_size, classes, has_background, args.labels_dir, args.ignore
@@ -321,7 +323,9 @@ def main(argv=None):
         return compare(args)
     segmenter, tokenizer, dataset = open_all(args.checkpoint, args.readout, args)
     output = evaluate.output_folder(
-        args.output, "images" if args.images else args.dataset, args.checkpoint
+        args.output,
+        "images" if args.images else args.dataset,
+        args.checkpoint or evaluate.DEFAULT_CHECKPOINT,
     )
     output.mkdir(parents=True, exist_ok=True)
     if args.coherence:

@@ -50,12 +50,14 @@ def assert_one_line(error, *parts):
 @pytest.fixture(scope="session")
 def vocabulary():
     """The path of OpenAI's vocabulary (not in the repository): in the cache, or in shared/."""
-    sha256, file, url = clip_loader.DOWNLOADS[clip_loader.VOCABULARY]
+    sha256, file, urls = clip_loader.DOWNLOADS[clip_loader.VOCABULARY]
     beside = Path(__file__).resolve().parents[2] / "shared" / "clip"
     for path in (clip_loader.cache_dir() / file, beside / file):
         if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == sha256:
             return path
-    pytest.skip(f"needs OpenAI's vocabulary: get {url} and put it into {clip_loader.cache_dir()}")
+    pytest.skip(
+        f"needs OpenAI's vocabulary: get {urls[0]} and put it into {clip_loader.cache_dir()}"
+    )
 
 
 @pytest.fixture(scope="session")

@@ -766,7 +766,7 @@ def test_one_image(score, tmp_path, capsys):
     lines = printed.out.splitlines()
     shares = [float(line.split()[-2]) for line in lines if line.endswith("%")]
     assert sum(shares) == pytest.approx(100, abs=0.2)
-    assert printed.err == "rare or unknown in this model's training captions: polar bear\n"
+    assert printed.err == "rare or unknown in the captions of training: polar bear\n"
 
 
 # --------------------------------------------------------------------------------------------------

@@ -1,9 +1,18 @@
 """Tokenizer, archives, checkpoints; and files that are not what they should be."""
 
+import base64
 import dataclasses
 import gzip
+import http.server
+import json
 import os
 import pickle
+import struct
+import sys
+import threading
+import time
+import tracemalloc
+import zipfile
 
 import pytest
 import torch
@@ -73,41 +82,153 @@ def test_a_vocabulary_file_of_the_same_format(tmp_path):
     path.write_bytes(b"not gzip")
     assert_refused(Tokenizer.from_file, path, "--vocabulary", "https://")
     assert_refused(Tokenizer.from_file, tmp_path / "none")
+    for content in ("", "a header", "a header\nonly_one", "a header\na b c"):
+        path.write_bytes(gzip.compress(content.encode()))
+        assert_refused(Tokenizer.from_file, path, "--vocabulary", "merge")
+
+
+def test_a_long_word_takes_no_time_and_gives_the_same_tokens():
+    letters = base64.b64encode(
+        torch.randn(20_000, generator=torch.manual_seed(0)).numpy().tobytes()
+    )
+    word = "".join(x for x in letters.decode() if x.isalpha())
+    texts = [word[i : i + 9] for i in range(0, 3000, 9)] + ["-" * 256] * 9
+    tokenizer = Tokenizer.learn(texts, num_merges=500)
+    for text in ("a " + word[:2000], "a " + 500 * "thatis", "-" * 30_000):
+        expected = [tokenizer.start, *tokenizer.encode(text)][:76]
+        assert tokenizer(text)[0, :76].tolist() == expected
+    begin = time.monotonic()
+    ids = tokenizer([word, "-" * 100_000])
+    assert time.monotonic() - begin < 2
+    assert (ids[:, -1] == tokenizer.end).all()
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """Sends `content` under any address, as the hub does: parts of it, after a redirection."""
+
+    content = b""
+    whole = False  # send all of it, whatever part is asked for
+    cut = None  # break the connection after so many bytes
+    status = None  # of an error
+    asked = []
+
+    def do_GET(self):
+        first = int(self.headers["Range"].removeprefix("bytes=").removesuffix("-"))
+        self.asked.append((self.path, first))
+        if not self.path.startswith("/cdn"):
+            self.send_response(302)
+            self.send_header("Location", "/cdn" + self.path)
+            self.end_headers()
+            return
+        if self.whole:
+            first = 0
+        part = self.content[first:]
+        status = 206
+        if self.whole:
+            status = 200
+        elif not part:
+            status = 416
+        self.send_response(self.status or status)
+        self.send_header("Content-Length", str(len(part)))
+        self.end_headers()
+        self.wfile.write(part[: self.cut])
+
+    def log_message(self, *args):
+        pass
 
 
 @pytest.fixture
-def download(tmp_path, monkeypatch):
-    """A file to fetch, and where it is cached."""
-    source = tmp_path / "source.bin"
-    source.write_bytes(b"x" * 300_000)
-    monkeypatch.setenv("CLIP_CACHE", str(tmp_path / "cache"))
-    entry = (clip_loader.sha256_of(source), "file.bin", source.as_uri())
-    for name in ("thing", clip_loader.VOCABULARY):
-        monkeypatch.setitem(clip_loader.DOWNLOADS, name, entry)
-    return source, tmp_path / "cache" / "file.bin"
+def hub(tmp_path, monkeypatch):
+    """A stand-in for the hub that has one file, and where this is cached."""
+
+    class Handler(Hub):
+        content = os.urandom(3_000_000)
+        asked = []
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever).start()
+        Handler.address = f"http://127.0.0.1:{server.server_port}"
+        monkeypatch.setenv("CLIP_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setenv("HF_ENDPOINT", Handler.address + "/")
+        path = tmp_path / "source.bin"
+        path.write_bytes(Handler.content)
+        url = f"{clip_loader.HUB}/someone/thing/resolve/0123/file.bin"
+        entry = (clip_loader.sha256_of(path), "file.bin", ("http://127.0.0.1:1/gone", url))
+        monkeypatch.setitem(clip_loader.DOWNLOADS, "thing", entry)
+        yield Handler, tmp_path / "cache" / "file.bin"
+        server.shutdown()
 
 
-def test_fetch_downloads_once_and_checks_every_time(download, capsys):
-    source, cached = download
-    content = source.read_bytes()
+def test_fetch_downloads_once_and_checks_every_time(hub, capsys):
+    server, cached = hub
     assert clip_loader.fetch("thing") == cached
-    source.unlink()
-    assert clip_loader.fetch("thing") == cached
-    assert cached.read_bytes() == content
+    assert server.asked[0] == ("/someone/thing/resolve/0123/file.bin", 0)
+    assert "3,000,000 of 3,000,000 bytes" in capsys.readouterr().err
+    assert clip_loader.fetch("thing") == cached and len(server.asked) == 2
+    assert cached.read_bytes() == server.content
     cached.write_bytes(b"damaged")
-    source.write_bytes(content)
-    assert clip_loader.fetch("thing").read_bytes() == content
+    assert clip_loader.fetch("thing").read_bytes() == server.content
     assert "wrong SHA-256" in capsys.readouterr().err
 
 
-def test_what_cannot_be_downloaded(download):
-    source, cached = download
-    source.write_bytes(b"something else")
-    assert_refused(lambda _: clip_loader.fetch("thing"), cached, source.as_uri(), "hash")
-    assert list(cached.parent.iterdir()) == []
-    source.unlink()
-    parts = (source.as_uri(), "by hand", "--vocabulary FILE")
-    assert_refused(lambda _: load_tokenizer(), cached, *parts)
+@pytest.mark.parametrize("whole", [False, True])
+def test_an_interrupted_download_goes_on(whole, hub):
+    server, cached = hub
+    server.cut = 1_234_567
+    assert_refused(lambda _: clip_loader.fetch("thing"), cached, "the connection broke")
+    assert cached.with_name("file.bin.part").stat().st_size == 1_234_567
+    server.cut, server.whole = None, whole
+    assert clip_loader.fetch("thing").read_bytes() == server.content
+    assert server.asked[-1] == ("/cdn/someone/thing/resolve/0123/file.bin", 1_234_567)
+    # Stopped when all was there, but not yet renamed:
+    cached.rename(cached.with_name("file.bin.part"))
+    assert clip_loader.fetch("thing").read_bytes() == server.content
+
+
+def test_what_cannot_be_downloaded(hub, monkeypatch):
+    server, cached = hub
+    by_hand = (cached, clip_loader.DOWNLOADS["thing"][0], "by hand", "HF_ENDPOINT", server.address)
+    server.content = b"something else"
+    assert_refused(lambda _: clip_loader.fetch("thing"), *by_hand, "wrong SHA-256")
+    server.status = 404
+    assert_refused(lambda _: clip_loader.fetch("thing"), *by_hand, "404")
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
+    refusal = assert_refused(lambda _: clip_loader.fetch("thing"), cached, "refused")
+    assert refusal.count("127.0.0.1:1/") == 2  # both addresses
+    monkeypatch.setenv("HF_ENDPOINT", "nonsense")
+    assert_refused(lambda _: clip_loader.fetch("thing"), cached, "nonsense/someone")
+    assert not cached.exists() and not cached.with_name("file.bin.part").exists()
+
+
+def test_processes_that_need_one_file_download_it_once(hub):
+    server, cached = hub
+    threads = [threading.Thread(target=clip_loader.fetch, args=("thing",)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert cached.read_bytes() == server.content and len(server.asked) == 2
+    assert not cached.with_name("file.bin.part").exists()
+
+
+def test_copies_from_elsewhere_serve(hub, tiny_clip, tmp_path, monkeypatch):
+    server, cached = hub
+    cached.parent.mkdir()
+    archive = cached.with_name("ViT-B-16.pt")  # downloaded from OpenAI, long ago
+    torch.save(openai_state(tiny_clip), archive)
+    entry = (*clip_loader.MODELS["ViT-B/16"][:2], clip_loader.sha256_of(archive))
+    monkeypatch.setitem(clip_loader.MODELS, "ViT-B/16", entry)
+    assert clip_loader.fetch("ViT-B/16") == archive
+    package = tmp_path / "open_clip"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise SystemExit('imported')")
+    (package / clip_loader.VOCABULARY).write_bytes(gzip.compress(b"a header\na b"))
+    sha256 = clip_loader.sha256_of(package / clip_loader.VOCABULARY)
+    entry = (sha256, *clip_loader.DOWNLOADS[clip_loader.VOCABULARY][1:])
+    monkeypatch.setitem(clip_loader.DOWNLOADS, clip_loader.VOCABULARY, entry)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    assert load_tokenizer().merges == ["a b"]
+    assert server.asked == []
 
 
 def openai_state(clip):
@@ -140,12 +261,195 @@ def test_openai_archive_torchscript_in_half_precision(tiny_clip, tmp_path):
         assert torch.equal(tensor, script.state_dict()[name].float())
 
 
-def test_model_by_name(tiny_clip, tmp_path, monkeypatch):
-    path = tmp_path / "ViT-B-16.pt"
-    torch.save(openai_state(tiny_clip), path, _use_new_zipfile_serialization=False)
+def safetensors_bytes(state, header=None, padding=0):
+    """A safetensors file of a state dict; header: changes to its entries, None removes one."""
+    entries = {"__metadata__": {"format": "pt"}}
+    data = b""
+    types = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+    types |= {torch.float64: "F64", torch.int64: "I64"}
+    for name, x in state.items():
+        numbers = x.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        offsets = [len(data), len(data) + len(numbers)]
+        entries[name] = {"dtype": types[x.dtype], "shape": list(x.shape), "data_offsets": offsets}
+        data += numbers
+    text = (json.dumps(entries | (header or {})) + padding * " ").encode()
+    return struct.pack("<Q", len(text)) + text + data
+
+
+TRANSFORMERS_NAMES = {  # ours: those of CLIPModel
+    "visual.transformer.resblocks.": "vision_model.encoder.layers.",
+    "transformer.resblocks.": "text_model.encoder.layers.",
+    ".attn.": ".self_attn.",
+    ".ln_1.": ".layer_norm1.",
+    ".ln_2.": ".layer_norm2.",
+    ".mlp.c_fc.": ".mlp.fc1.",
+    ".mlp.c_proj.": ".mlp.fc2.",
+    "visual.class_embedding": "vision_model.embeddings.class_embedding",
+    "visual.conv1.": "vision_model.embeddings.patch_embedding.",
+    "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
+    "visual.ln_pre.": "vision_model.pre_layrnorm.",
+    "visual.ln_post.": "vision_model.post_layernorm.",
+    "visual.proj": "visual_projection.weight",
+    "token_embedding.": "text_model.embeddings.token_embedding.",
+    "positional_embedding": "text_model.embeddings.position_embedding.weight",
+    "ln_final.": "text_model.final_layer_norm.",
+    "text_projection": "text_projection.weight",
+}
+
+
+def transformers_state(clip):
+    """The state dict that transformers' CLIPModel would have, in an old file."""
+    state = {
+        f"{x}_model.embeddings.position_ids": torch.arange(9)[None] for x in ("text", "vision")
+    }
+    for name, x in clip.state_dict().items():
+        for ours, theirs in TRANSFORMERS_NAMES.items():
+            name = name.replace(ours, theirs)
+        if ".in_proj_" in name:
+            for letter, third in zip("qkv", x.chunk(3)):
+                state[name.replace("in_proj_", f"{letter}_proj.")] = third
+        else:
+            state[name] = x.T if "projection" in name else x
+    return state
+
+
+def write_safetensors(state, path, **others):
+    path.write_bytes(safetensors_bytes(state, **others))
+
+
+def training_state(clip):
+    """What open_clip's training saves."""
+    state = {f"module.{name}": x for name, x in clip.state_dict().items()}
+    return {"epoch": 3, "name": "run", "state_dict": state, "optimizer": {"state": {}}}
+
+
+FORMATS = {
+    "open_clip_model.safetensors": lambda clip, path: write_safetensors(clip.state_dict(), path),
+    "open_clip_pytorch_model.bin": lambda clip, path: torch.save(clip.state_dict(), path),
+    "epoch_3.pt": lambda clip, path: torch.save(training_state(clip), path),
+    "model.safetensors": lambda clip, path: write_safetensors(transformers_state(clip), path),
+    "pytorch_model.bin": lambda clip, path: torch.save(transformers_state(clip), path),
+    "old.bin": lambda clip, path: torch.save(
+        transformers_state(clip), path, _use_new_zipfile_serialization=False
+    ),
+    "unaligned.safetensors": lambda clip, path: write_safetensors(
+        clip.state_dict(), path, padding=3
+    ),
+}
+
+
+@pytest.mark.parametrize("file", FORMATS)
+def test_files_of_other_programs_give_the_same_parameters(file, tiny_clip, tmp_path):
+    path = tmp_path / file
+    with torch.no_grad():
+        for parameter in tiny_clip.parameters():  # none is 0 or 1
+            parameter.add_(torch.randn_like(parameter))
+    FORMATS[file](tiny_clip, path)
+    for clip in (load_clip(path), load_model(path).clip, load_segclip(path).clip):
+        assert_same_weights(clip, tiny_clip)
+        assert_same_sizes(clip.config)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_safetensors_of_other_precisions(dtype, tiny_clip, tmp_path):
+    path = tmp_path / "model.safetensors"
+    state = {name: x.to(dtype) for name, x in tiny_clip.state_dict().items()}
+    write_safetensors(state, path)
+    clip = load_clip(path)
+    for name, x in clip.state_dict().items():
+        assert x.dtype == torch.float32 and torch.equal(x, state[name].float())
+
+
+X = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
+Y = {"dtype": "F32", "shape": [2], "data_offsets": [24, 32]}
+
+
+def headed(text, data=bytes(32), length=None):
+    text = text.encode() if isinstance(text, str) else text
+    return struct.pack("<Q", len(text) if length is None else length) + text + data
+
+
+def changed(data=bytes(32), x=X, y=Y):
+    return headed(json.dumps({"x": x, "y": y}), data)
+
+
+MALFORMED = {
+    "empty": b"",
+    "shorter than the length": b"\x10\0\0",
+    "length alone": struct.pack("<Q", 2),
+    "header of no length": headed("", b"", 0),
+    "header beyond the end": headed(json.dumps({"x": X}), length=10_000),
+    "header of 200 MB": headed(json.dumps({"x": X}), length=200_000_000),
+    "header of 2**63 bytes": headed(json.dumps({"x": X}), length=2**63),
+    "cut within the header": changed()[:60],
+    "cut within the numbers": changed()[:-1],
+    "longer than the numbers": changed(bytes(33)),
+    "list for a header": headed("[1, 2]"),
+    "space before the header": headed(" " + json.dumps({"x": X, "y": Y})),
+    "no JSON": headed('{"x": '),
+    "no UTF-8": headed(b'{"\xff": 1}'),
+    "deeply nested": headed('{"x":' * 100_000),
+    "name twice": headed(f'{{"x": {json.dumps(X)}, "x": {json.dumps(X)}, "y": {json.dumps(Y)}}}'),
+    "entry is a number": headed('{"x": 3}'),
+    "without offsets": changed(x={"dtype": "F32", "shape": [2, 3]}),
+    "three offsets": changed(x=X | {"data_offsets": [0, 24, 24]}),
+    "offsets of text": changed(x=X | {"data_offsets": ["0", "24"]}),
+    "negative offset": changed(x=X | {"data_offsets": [-24, 0]}),
+    "offset beyond the end": changed(y=Y | {"data_offsets": [2**40, 2**40 + 8]}),
+    "reversed offsets": changed(x=X | {"data_offsets": [24, 0]}),
+    "overlap": changed(y=Y | {"data_offsets": [16, 24]}),
+    "hole": changed(bytes(40), y=Y | {"data_offsets": [32, 40]}),
+    "hole at the beginning": changed(x={"dtype": "F32", "shape": [4], "data_offsets": [8, 24]}),
+    "unknown type": changed(x=X | {"dtype": "F31"}),
+    "type is a list": changed(x=X | {"dtype": []}),
+    "other size of type": changed(x=X | {"dtype": "F16"}),
+    "larger shape": changed(x=X | {"shape": [2, 4]}),
+    "negative shape": changed(x=X | {"shape": [-2, -3]}),
+    "shape of fractions": changed(x=X | {"shape": [2.0, 3]}),
+    "shape of lists": changed(x=X | {"shape": [[0], 1_000_000_000_000]}),
+    "shape that overflows": changed(x=X | {"shape": [2**33, 2**33]}),
+    "shape of no numbers that overflows": changed(
+        x={"dtype": "F32", "shape": [0, 2**62, 2**62], "data_offsets": [0, 0]}
+    ),
+    "shape of a million sides": changed(x=X | {"shape": [10**9] * 1_000_000}),
+    "shape is a number": changed(x=X | {"shape": 6}),
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_malformed_safetensors(name, tmp_path):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(changed())
+    assert read_weights(path)["x"].shape == (2, 3)
+    path.write_bytes(MALFORMED[name])
+    begin = time.monotonic()
+    assert_refused(read_weights, path, "a damaged safetensors file (")
+    assert time.monotonic() - begin < 2
+
+
+def test_safetensors_are_known_by_their_content(tiny_clip, tmp_path):
+    path = tmp_path / "weights"
+    write_safetensors(tiny_clip.state_dict(), path)
+    assert_same_weights(load_clip(path), tiny_clip)
+    path.write_bytes(path.read_bytes()[:-1])
+    assert_refused(load_clip, path, "a damaged safetensors file")
+
+
+def test_a_pointer_of_git_lfs(tmp_path):
+    path = tmp_path / "model.safetensors"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4b86\nsize 598516980\n")
+    assert_refused(load_clip, path, "git lfs pull")
+
+
+def test_model_by_name(tiny_clip, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "ViT-B-16.safetensors"
+    write_safetensors(tiny_clip.state_dict(), path)
     monkeypatch.setattr(clip_loader, "fetch", {"ViT-B/16": path}.get)
-    assert_same_weights(load_clip("ViT-B/16"), tiny_clip)
-    assert_same_weights(load_segclip("ViT-B/16").clip, tiny_clip)
+    for clip in (load_clip("ViT-B/16"), load_segclip("ViT-B/16").clip):
+        assert_same_weights(clip, tiny_clip)
+        assert clip.config.activation == "quick_gelu"
+    assert "--activation" not in capsys.readouterr().err  # it is known
+    assert load_clip("ViT-B/16", "gelu").config.activation == "gelu"
 
 
 def test_our_checkpoint_is_itself_again(tiny, tmp_path):
@@ -188,6 +492,11 @@ def test_the_activation_that_no_shape_tells(tiny_clip, tmp_path, capsys):
         assert clip.config.activation == "gelu"
         assert isinstance(clip.visual.transformer.resblocks[0].mlp.gelu, torch.nn.GELU)
     assert "--activation" not in capsys.readouterr().err
+    folder = tmp_path / "CLIP-ViT-B-16-laion2B-s34B-b88K"
+    folder.mkdir()
+    torch.save(tiny_clip.state_dict(), folder / "open_clip_pytorch_model.bin")
+    assert load_clip(folder / "open_clip_pytorch_model.bin").config.activation == "gelu"
+    assert "read with gelu" in capsys.readouterr().err
     torch.save(openai_state(tiny_clip), path)  # OpenAI's archives name their sizes
     load_clip(path)
     save_checkpoint(path, DenseCLIP(clips[0]))  # our own checkpoints hold their activation
@@ -209,7 +518,9 @@ def test_what_is_in_a_file_decides_how_it_is_read(tiny, tiny_clip, tmp_path):
     save_checkpoint(path, tiny)
     assert_same_weights(load_model(path), tiny)
     assert_refused(load_clip, path, "a SegCLIP, where a CLIP is needed")
-    assert_refused(lambda path: load_model(path, "naclip"), path, "--readout naclip is for a CLIP")
+    for others in ({"readout": "naclip"}, {"dino": path}):
+        refusal = "--readout and --dino are for a CLIP; this is a SegCLIP"
+        assert_refused(lambda path: load_model(path, **others), path, refusal)
     for save in (save_checkpoint, lambda path, model: torch.save(model.state_dict(), path)):
         save(path, PACL(tiny_clip))
         assert isinstance(load_model(path), PACL)
@@ -339,7 +650,7 @@ def test_a_clip_whose_heads_are_not_openais_is_refused(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-@pytest.mark.parametrize("protocol", [2, 4])
+@pytest.mark.parametrize("protocol", [0, 2, 4])
 @pytest.mark.parametrize("how", [pickle.dump, torch.save])
 def test_a_checkpoint_that_would_run_code_is_refused(how, protocol, tmp_path):
     path, victim = tmp_path / "evil.pt", tmp_path / "victim"
@@ -380,12 +691,60 @@ def test_code_in_a_torchscript_archive_never_runs(tmp_path):
 
 def test_a_checkpoint_of_another_architecture(tiny, tmp_path):
     path = tmp_path / "a.pt"
-    config = dataclasses.asdict(dataclasses.replace(TINY, num_centers=5))
-    torch.save({"model": tiny.state_dict(), "config": config}, path)
-    assert_refused(load_segclip, path, "group.centers", "[4, 64]", "[5, 64]")
-    for field, value in {"colour": 1, "image_size": 100, "first_stage_layers": 9}.items():
+    config = dataclasses.asdict(TINY)
+    faults = {"colour": 1, "image_size": 100, "first_stage_layers": 9, "gumbel_tau": "warm"}
+    faults |= {"mask_ratio": torch.zeros(2), "num_centers": [4], "activation": 7}
+    for field, value in faults.items():
         torch.save({"model": tiny.state_dict(), "config": config | {field: value}}, path)
-        assert_refused(load_segclip, path, field)
+        assert_refused(load_segclip, path)
+    for fault in (3, [3], ["a b", "c"], "merges"):
+        torch.save({"model": tiny.state_dict(), "config": config, "merges": fault}, path)
+        assert_refused(load_tokenizer, path, "merges")
+
+
+def test_checkpoints_that_would_need_more_memory_than_they_have(tiny, tiny_clip, tmp_path):
+    path = tmp_path / "a.pt"
+    config = dataclasses.asdict(TINY)
+    huge = {"vision_width": 2**20, "text_layers": 10**9, "decoder_layers": 10**9}
+    huge |= {"vocab_size": 10**12, "embed_dim": 10**12, "num_centers": 10**12}
+    torch.save({"model": tiny.state_dict(), "config": config | huge}, path)
+    assert_same_weights(load_segclip(path), tiny)  # the weights' own sizes count
+    state = openai_state(tiny_clip)
+    no_decoder = {x: y for x, y in tiny.state_dict().items() if not x.startswith("decoder.")}
+    faults = [{"model": no_decoder, "config": config | huge}]
+    names = {"visual.conv1.weight": (100_000, 3, 1, 1), "text_projection": (0, 10**12)}
+    faults += [state | {name: torch.zeros(shape)} for name, shape in names.items()]
+    blocks = {f"visual.transformer.resblocks.{i}.x": torch.zeros(1) for i in range(500)}
+    faults.append(state | blocks)
+    for fault in faults:
+        torch.save(fault, path)
+        assert_refused(load_model, path, "architecture")
+    faults = [{"visual.proj": torch.zeros(1).expand(10**6, 10**6)}]  # many numbers, one place
+    faults.append({f"a{i}": state["token_embedding.weight"] for i in range(5)})
+    for fault in faults:
+        torch.save(state | fault, path)
+        assert_refused(load_model, path, "its tensors would be larger")
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as packed:
+        packed.writestr("a/constants.pkl", b"")  # as TorchScript's archives
+        packed.writestr("a/data.pkl", pickle.dumps(bytes(30_000_000)))
+    tracemalloc.start()
+    assert_refused(load_model, path)
+    assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    tracemalloc.stop()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_tensors_that_are_not_plain_numbers(tiny_clip, tmp_path):
+    path = tmp_path / "a.pt"
+    proj = tiny_clip.visual.proj.detach()
+    tensors = [proj.to_sparse(), proj.to("meta"), torch.nested.nested_tensor([proj])]
+    tensors.append(torch.quantize_per_tensor(proj, 0.1, 0, torch.qint8))
+    for tensor in tensors:
+        torch.save(openai_state(tiny_clip) | {"visual.proj": tensor}, path)
+        assert_refused(load_clip, path)
+    for value in (torch.nan, torch.inf):
+        torch.save(openai_state(tiny_clip) | {"visual.proj": proj * value}, path)
+        assert_refused(load_clip, path, "visual.proj", "not finite")
 
 
 def test_the_checkpoint_before_the_last_is_kept(tiny, tmp_path, capsys):

@@ -261,8 +261,13 @@ def test_text_feature_ignores_what_follows_the_end_token(tiny_clip):
 # Read-outs of CLIP
 
 
-def read_out_slowly(block, tokens, readout, columns):
-    """One image's tokens [1 + N, D], from the papers' equations: one head and query at a time."""
+def read_out_slowly(blocks, inputs, readout, columns):
+    """One image's tokens, from the papers' equations: one head and query at a time.
+
+    inputs: [1 + N, D] for each block. -> [1 + N, D]
+    """
+    block = blocks[-1]
+    tokens = inputs[-1]
     attn = block.attn
     size = tokens.shape[1] // attn.heads
     qkv = block.ln_1(tokens) @ attn.in_proj_weight.T + attn.in_proj_bias
@@ -271,7 +276,7 @@ def read_out_slowly(block, tokens, readout, columns):
         part = slice(head * size, (head + 1) * size)
         q, k, v = (x[:, part] for x in qkv.chunk(3, dim=-1))
         pairs = {"clip": [(q, k)], "sclip": [(q, q), (k, k)], "clearclip": [(q, q)]}
-        pairs |= {"naclip": [(k, k)], "maskclip": []}
+        pairs |= {"naclip": [(k, k)], "maskclip": [], "keymean": []}
         for queries, keys in pairs[readout]:
             for i, query in enumerate(queries):
                 scores = keys @ query / math.sqrt(size)  # [1 + N]
@@ -283,29 +288,46 @@ def read_out_slowly(block, tokens, readout, columns):
                 attended[i, part] += scores.softmax(dim=0) @ v
         if readout == "maskclip":
             attended[:, part] = v
+        if readout == "keymean":
+            for b, x in zip(blocks, inputs):
+                _, k, _ = (b.ln_1(x) @ b.attn.in_proj_weight.T + b.attn.in_proj_bias).chunk(3, -1)
+                k = k[:, part]
+                for i in range(len(k)):
+                    attended[i, part] += (k @ k[i] / math.sqrt(size)).softmax(0) @ v / len(blocks)
     out = attn.out_proj(attended)
-    if readout in ("clip", "maskclip", "sclip"):
+    if readout in ("clip", "maskclip", "sclip", "keymean"):
         out = tokens + out
         out = out + block.mlp(block.ln_2(out))
     return out
 
 
-@pytest.mark.parametrize("readout", READOUTS)
+def random_clip(config):
+    """In double precision; no bias is 0, no attention uniform."""
+    torch.manual_seed(0)
+    clip = CLIP(config).double()
+    with torch.no_grad():
+        for parameter in clip.visual.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return clip
+
+
+OF_CLIP = [readout for readout in READOUTS if readout != "proxyclip"]
+
+
+@pytest.mark.parametrize("readout", OF_CLIP)
 @torch.no_grad()
 def test_readouts_follow_their_equations(readout):
-    torch.manual_seed(0)
-    clip = CLIP(dataclasses.replace(TINY, vision_width=128)).double()  # two heads
-    for parameter in clip.visual.parameters():
-        parameter.add_(0.1 * torch.randn_like(parameter))  # no bias is 0, no attention uniform
+    clip = random_clip(dataclasses.replace(TINY, vision_width=128))  # two heads
     image = torch.randn(2, 3, 16, 24, dtype=torch.float64)
     blocks = clip.visual.transformer.resblocks
-    x = clip.visual.embed(image)
+    inputs = [clip.visual.embed(image)]
     for block in blocks[:-1]:
-        x = block(x)
-    slow = torch.stack([read_out_slowly(blocks[-1], tokens, readout, columns=3) for tokens in x])
+        inputs.append(block(inputs[-1]))
+    slow = [read_out_slowly(blocks, tokens, readout, columns=3) for tokens in zip(*inputs)]
+    slow = torch.stack(slow)
     patches = clip.encode_patches(image, readout)
     torch.testing.assert_close(patches, clip.visual.project(slow[:, 1:]), rtol=1e-6, atol=1e-6)
-    others = [clip.encode_patches(image, other) for other in READOUTS if other != readout]
+    others = [clip.encode_patches(image, other) for other in OF_CLIP if other != readout]
     assert all((patches - other).abs().max() > 0.01 for other in others)
     encoding = DenseCLIP(clip, readout).encode_image(image)
     torch.testing.assert_close(encoding.regions, patches)
@@ -363,6 +385,56 @@ def test_dino_follows_its_equations(dino, dino_state, height, width, stride):
     assert tokens.shape == (2, 1 + rows * columns, 128)
     name = f"DINO at {height}x{width}, stride {stride}"
     assert_close(tokens, dino_slowly(dino_state, image, stride), name, 1e-5)
+
+
+@pytest.mark.parametrize("patch_size, sides", [(8, (32, 48)), (16, (32, 48)), (16, (64, 32))])
+@torch.no_grad()
+def test_proxyclip_follows_its_equations(dino, patch_size, sides):
+    """DINO's grid is CLIP's, or twice as fine."""
+    config = dataclasses.replace(TINY, vision_width=128, patch_size=patch_size)
+    clip = random_clip(config)
+    dino = dino.double()
+    dino.conv1.weight.mul_(50)  # so that its patches differ
+    image = torch.randn(3, 3, *sides, dtype=torch.float64)
+    image[1] = 0.5  # all patches alike: the mean of the cosines is nearly 1
+    dense = DenseCLIP(clip, "proxyclip", dino)
+    patches = dense.patch_tokens(image)
+    rows, columns = dense.visual.grid(*sides)
+    assert patches.shape == (3, rows * columns, 128) and patches.isfinite().all()
+
+    x = clip.visual.embed(image)
+    blocks = clip.visual.transformer.resblocks
+    for block in blocks[:-1]:
+        x = block(x)
+    last = blocks[-1]
+    lonely = 0
+    for b in range(3):
+        alone = dense.patch_tokens(image[b : b + 1])
+        torch.testing.assert_close(alone[0], patches[b])  # whatever else is in the batch
+        f = dino(image[b : b + 1])[0, 1:]
+        S = [[torch.dot(p, q) / (p.norm() * q.norm()) for q in f] for p in f]
+        mean = sum(map(sum, S)) / len(f) ** 2
+        weight, bias = last.attn.in_proj_weight[256:], last.attn.in_proj_bias[256:]
+        v = (last.ln_1(x[b]) @ weight.T + bias)[1:]
+        v = v.reshape(sides[0] // patch_size, sides[1] // patch_size, 128).permute(2, 0, 1)
+        v = F.interpolate(v[None], (rows, columns), mode="bilinear")[0].flatten(1).T
+        for i, row in enumerate(S):
+            scores = [3 * (cosine - 1.2 * mean) for cosine in row]
+            near = [j for j in range(len(f)) if scores[j] >= 0] or [i]
+            lonely += near == [i]
+            total = sum(math.exp(scores[j]) for j in near)
+            y = last.attn.out_proj(sum(math.exp(scores[j]) / total * v[j] for j in near))
+            torch.testing.assert_close(patches[b, i], y)
+    assert 0 < lonely < 3 * len(f)
+    encoding = dense.encode_image(image)
+    torch.testing.assert_close(encoding.regions, clip.visual.project(patches))
+    torch.testing.assert_close(encoding.features, clip.encode_image(image))
+
+
+def test_proxyclip_and_dino_need_each_other(tiny_clip, dino):
+    for others in (("proxyclip",), ("naclip", dino)):
+        with pytest.raises(InputError, match="--readout proxyclip and --dino FILE"):
+            DenseCLIP(tiny_clip, *others)
 
 
 def test_pacl_embeds_the_patches_of_dino(tiny_clip, dino, batch):
