@@ -162,36 +162,48 @@ RESUME_MAY_CHANGE |= {"eval_every", "eval_dataset", "eval_root", "max_errors", "
 RESUME_MAY_CHANGE |= {"accumulate", "checkpoint_activations"}
 
 
+# fmt: off
+COUNT = number(int, 1)
+SHARE = number(float, 0, 1)
+RATE = number(float, 0, 1e3)
+
+
 def add_arguments(parser):
-    # fmt: off
     add = parser.add_argument_group("the run").add_argument
     add("--data", nargs="+", metavar="PAIRS",
         help="one or more of: synthetic; CAPTIONS.json=FOLDER (COCO's or Karpathy's); LIST.tsv, "
         '.csv or .jsonl (=FOLDER) of paths and captions; "SHARDS{000..331}.tar" of img2dataset')
     add("--output", metavar="DIR", help="for checkpoint.pt and log.jsonl [%(default)s]")
     add("--resume", action="store_true",
-        help="continue from the last checkpoint in DIR, if any; --steps or --epochs may change")
+        help="continue from the last checkpoint in DIR, if any; --steps may be other than before")
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, metavar="N", help="[%(default)s]")
-    add("--save-every", type=number(int, 1), metavar="STEPS", help="[%(default)s]")
-    add("--log-every", type=number(int, 1), default=20, metavar="STEPS", help="[%(default)s]")
+    add("--save-every", type=COUNT, metavar="STEPS", help="[%(default)s]")
+    add("--log-every", type=COUNT, default=20, metavar="STEPS", help="[%(default)s]")
     add("--eval-every", type=number(int, 0), default=0, metavar="STEPS",
         help="score the model in training and keep the best as best.pt; 0: never")
     add("--eval-dataset", choices=evaluate.DATASETS, default="synthetic", metavar="NAME",
         help="as --dataset of evaluate.py [%(default)s]")
     add("--eval-root", metavar="DIR", help="its folder")
-    add("--max-errors", type=number(float, 0, 1), default=0.01, metavar="SHARE",
+    add("--max-errors", type=SHARE, default=0.01, metavar="SHARE",
         help="of pairs that may be unusable before the run stops [%(default)s]")
     add = parser.add_argument_group("the machine").add_argument
     add("--device", help="cpu, cuda, cuda:1, ... [a GPU if there is one]")
     add("--precision", choices=("bf16", "fp16", "fp32"), help="[bf16; fp16 on a GPU without it]")
     add("--workers", type=number(int, 0), default=2, metavar="N",
         help="processes that prepare pairs, per GPU; 0: only this one [%(default)s]")
-    add("--accumulate", type=number(int, 1), default=1, metavar="K",
+    add("--accumulate", type=COUNT, default=1, metavar="K",
         help="split a batch into K chunks, for less memory; the whole batch gives the negatives")
     add("--checkpoint-activations", action="store_true",
         help="for less memory: compute each block's forward pass twice")
     add("--compile", action="store_true", help="torch.compile: for long runs")
-    add = parser.add_argument_group("the recipe").add_argument
+    add_recipe(parser.add_argument_group("the recipe").add_argument)
+    add = parser.add_argument_group("the model: see Config in model.py").add_argument
+    for name, size in SIZES.items():
+        values = f"[small: {getattr(SMALL, name)}, paper: {size.default}]"
+        add("--" + name.replace("_", "-"), type=size.type, metavar="N", help=values)
+
+
+def add_recipe(add):
     add("--init", metavar="MODEL", help="start from ViT-B/16, a CLIP or a SegCLIP [%(default)s]")
     add("--freeze", action=argparse.BooleanOptionalAction, default=False,
         help="keep CLIP's patch, position and token embeddings as they are")
@@ -206,12 +218,12 @@ def add_arguments(parser):
         "OpenAI's 7 templates, as in PACL; synthetic: the words of the scenes; or none")
     add("--steps", type=number(int, 0), metavar="N", help="0 writes the untrained model")
     add("--epochs", type=number(float, 0), metavar="N", help="in place of --steps [paper: 10]")
-    add("--batch-size", type=number(int, 1), metavar="B", help="of all GPUs together [%(default)s]")
-    add("--lr", type=number(float, 0, 1e3), metavar="LR", help="peak learning rate [%(default)s]")
-    add("--clip-lr", type=number(float, 0, 1e3), metavar="LR",
+    add("--batch-size", type=COUNT, metavar="B", help="of all processes together [%(default)s]")
+    add("--lr", type=RATE, metavar="LR", help="peak learning rate [%(default)s]")
+    add("--clip-lr", type=RATE, metavar="LR",
         help="of the text encoder and the image blocks before the group module [--lr; paper: 4e-6]")
-    add("--warmup", type=number(float, 0, 1), metavar="SHARE", help="of the steps [%(default)s]")
-    add("--weight-decay", type=number(float, 0, 1e3), default=0.05, metavar="W",
+    add("--warmup", type=SHARE, metavar="SHARE", help="of the steps [%(default)s]")
+    add("--weight-decay", type=RATE, default=0.05, metavar="W",
         help="of everything but biases [%(default)s]")
     add("--crop-scale", type=number(float, 1e-4, 1), metavar="SHARE",
         help="smallest share of an image in a crop [%(default)s]")
@@ -220,11 +232,7 @@ def add_arguments(parser):
     for name, loss in (("reconstruction", "L_rec"), ("superpixel", "L_sup")):
         add(f"--{name}-weight", type=number(float, 0), default=1.0, metavar="W",
             help=f"of {loss} in Eq. 7; 0: none [%(default)s]")
-    add = parser.add_argument_group("the model: see Config in model.py").add_argument
-    for name, size in SIZES.items():
-        values = f"[small: {getattr(SMALL, name)}, paper: {size.default}]"
-        add("--" + name.replace("_", "-"), type=size.type, metavar="N", help=values)
-    # fmt: on
+# fmt: on
 
 
 def parse_args(argv=None):
@@ -273,22 +281,14 @@ def parse_args(argv=None):
     return args
 
 
-def find_checkpoint(path, flags):
-    """The last checkpoint -> (its content, its path), (None, path) for a new run.
-
-    Raises InputError unless it is of a run with the same flags.
-    """
-    saved, found = last_checkpoint(path) if flags["resume"] else (None, path)
-    if saved is None:
-        return None, path
-    if not {"model", "merges", "optimizer", "scaler", "step", "pairs", "flags"} <= saved.keys():
-        raise InputError(f"{found}: not a checkpoint of train.py that could be resumed")
-    for name, value in flags.items():
-        before = saved["flags"].get(name)
-        if before != value and name not in RESUME_MAY_CHANGE:
+def check_resumed(saved, flags, path):
+    """Raises InputError unless a checkpoint is of a run with the same flags."""
+    if "flags" not in saved:
+        raise InputError(f"{path}: not a checkpoint of train.py that could be resumed")
+    for name, before in saved["flags"].items():
+        if before != flags.get(name) and name not in RESUME_MAY_CHANGE:
             flag = name.replace("_", "-")
-            raise InputError(f"{found}: was trained with --{flag} {before}, not {value}")
-    return saved, found
+            raise InputError(f"{path}: was trained with --{flag} {before}, not {flags.get(name)}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -546,15 +546,14 @@ def open_log(folder, resumed_step):
         print(f"{folder} held another run, which is now in {folder}.{n}", file=sys.stderr)
         return open_log(folder, None)
     log.seek(0)
-    lines = []
-    for line in log if resumed_step is not None else ():
+    lines = log.readlines() if resumed_step is not None else []
+    log.truncate(0)
+    for line in lines:
         try:
             if json.loads(line)["step"] <= resumed_step:
-                lines.append(line.rstrip("\n") + "\n")
+                log.write(line.rstrip("\n") + "\n")
         except (ValueError, LookupError, TypeError):  # a line that was cut off
             continue
-    log.truncate(0)
-    log.writelines(lines)
     return log
 
 
@@ -591,18 +590,17 @@ def introduce(state, saved, sources, batches, superpixels_needed, warmup):
     rank, world = rank_and_world()
     if rank:
         return
-    model = state.model
-    total = sum(p.numel() for p in model.parameters())
     for group in state.optimizer.param_groups:
-        count = sum(p.numel() for p in group["params"])
-        total -= count
+        count = sum(p.numel() for p in group["params"]) / 1e6
         rates = f"lr {group['peak_lr']:.1e}  weight decay {group['weight_decay']}"
-        print(f"{count / 1e6:8.2f} M parameters  {rates}")
-    print(f"{total / 1e6:8.2f} M parameters  frozen")
+        print(f"{count:8.2f} M parameters  {rates}")
+    frozen = sum(p.numel() for p in state.model.parameters() if not p.requires_grad) / 1e6
+    print(f"{frozen:8.2f} M parameters  frozen")
     stores = [source.superpixels for source in sources if hasattr(source, "superpixels")]
     missing = sum(store.places is None for store in stores)
     if missing and superpixels_needed:
-        sizes = f"--image-size {model.config.image_size} --patch-size {model.config.patch_size}"
+        config = state.model.config
+        sizes = f"--image-size {config.image_size} --patch-size {config.patch_size}"
         print(
             f"{missing} of {len(stores)} shards or lists have no superpixels; to compute them: "
             f"python data.py superpixels {sizes} --data ..."
@@ -818,19 +816,18 @@ def train(
 ):
     """One step for each batch of the loader -> the exit status: 0, or 128 + the signal that came.
 
-    parallel to chunks: see take_step. warmup: see lr_factor. log: from open_log. score: a function
-    or None. every: the steps between log lines, checkpoints, scores. max_errors: a share of the
-    pairs. Raises InputError.
+    score: a function, or None. every: the steps between log lines, checkpoints, and scores. Others:
+    see take_step, lr_factor, open_log, --max-errors. Raises InputError for a broken run.
     """
     log_every, save_every, eval_every = every
     batches = loader.batch_sampler
-    first = batches.steps.start + 1
     last = batches.steps.stop
     unread = []  # numbers of the last steps, on the device
     rows = []  # of the steps since the last log line
     since = time.time()
-    stopped = failed = False
-    skipped = 0
+    skipped = 0  # in a row
+    stopped = False
+    failed = False
     state.model.train()
     with GracefulExit() as stop:
         for *batch, errors in loader:
@@ -846,7 +843,7 @@ def train(
             )
             unread.append(values)
             state.step += 1
-            log_now = state.step % log_every == 0 or state.step in (first, last)
+            log_now = state.step % log_every == 0 or state.step in (batches.steps.start + 1, last)
             score_now = score and (state.step % eval_every == 0 or state.step == last)
             save_now = state.step % save_every == 0 or score_now
             # A GPU computes this step while the numbers of the one before are read.
@@ -856,8 +853,8 @@ def train(
                 state.errors += int(row["errors"])
                 skipped = 0 if math.isfinite(row["grad"]) else skipped + 1
                 rows.append(row)
-            if skipped >= 10:
-                raise InputError("10 gradients in a row are not finite; try a lower --lr")
+                if skipped == 10:
+                    raise InputError("10 gradients in a row are not finite; try a lower --lr")
             if log_now:
                 write_log(log, state, batches, rows, weights, time.time() - since)
                 rows = []
@@ -879,12 +876,13 @@ def train(
 def main(argv=None):
     args = parse_args(argv)
     device = evaluate.start_processes(args.device)
-    rank, _ = rank_and_world()
     rows = rows_of_process(args.batch_size, args.accumulate)
     precision = choose_precision(args.precision, device)
     flags = vars(args) | {"precision": precision}
     path = Path(args.output) / "checkpoint.pt"
-    saved, found = find_checkpoint(path, flags)
+    saved, found = last_checkpoint(path) if args.resume else (None, path)
+    if saved:
+        check_resumed(saved, flags, found)
 
     torch.manual_seed(args.seed)
     sizes = {name: getattr(args, name) for name in SIZES if getattr(args, name) is not None}
@@ -894,17 +892,16 @@ def main(argv=None):
     init = args.method, args.init, config, sizes, args.vocabulary, args.image_encoder
     model, tokenizer, sources = open_run(open_data, saved, found, *init)
     lengths = [len(source) for source in sources]
-    if args.steps is None:
-        flags["steps"] = math.ceil(args.epochs * sum(lengths) / args.batch_size)
-    steps = flags["steps"]
+    steps = args.steps
+    if steps is None:
+        steps = math.ceil(args.epochs * sum(lengths) / args.batch_size)
 
-    no_decoder = args.method == "segclip" and not args.reconstruction_weight
-    freeze(model.to(device), embeddings=args.freeze, reconstruction=no_decoder)
+    freeze(model.to(device), args.freeze, reconstruction=not args.reconstruction_weight)
     groups = parameter_groups(model, args.lr, args.clip_lr, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-6, fused=True)
     # Without fp16 it scales by 1, and only skips steps whose gradients are not finite.
     scaler = torch.amp.GradScaler(device.type, 2.0**16 if precision == "fp16" else 1.0)
-    state = State(path, model, tokenizer, optimizer, scaler, lengths, flags)
+    state = State(path, model, tokenizer, optimizer, scaler, lengths, flags | {"steps": steps})
     state.restore(saved, found, steps)
 
     pairs = TrainingPairs(
@@ -932,10 +929,9 @@ def main(argv=None):
     every = args.log_every, args.save_every, args.eval_every
     how = weights, precision, args.accumulate, args.warmup, log, scored, every, args.max_errors
     status = train(state, loader, parallel, *how)
-    if rank == 0:
-        if status:
-            print(f"stopped at step {state.step} of {steps}: --resume continues")
-        print(f"{path} has step {state.step}; {state.errors} pairs were unusable")
+    if log:
+        advice = ", --resume continues it" if status else ""
+        print(f"{path} has step {state.step} of {steps}{advice}; unusable pairs: {state.errors}")
     if status:
         sys.exit(status)
 

@@ -198,7 +198,7 @@ def test_a_signal_saves_and_ends_the_run(tmp_path, processes, name):
         process.send_signal(getattr(signal, name))
     out, err = process.communicate(timeout=60)  # until the last process has closed its output
     step = read_weights(output / "checkpoint.pt")["step"]
-    assert 10 <= step < 5000 and f"stopped at step {step} of 5000" in out
+    assert 10 <= step < 5000 and f"has step {step} of 5000, --resume continues" in out
     if processes == 1:  # torchrun adds a message of its own
         assert process.returncode == {"SIGINT": 130, "SIGTERM": 143}[name]
         assert "Traceback" not in err
@@ -216,7 +216,7 @@ def test_two_runs_never_share_a_folder(tmp_path):
     wait_for_step(first, tmp_path / "run", 15)
     first.terminate()
     out, _ = first.communicate(timeout=60)
-    assert "stopped at step" in out and not (tmp_path / "run.1").exists()
+    assert "--resume continues" in out and not (tmp_path / "run.1").exists()
     steps = logged(tmp_path / "run", "step")
     assert steps == list(range(1, len(steps) + 1))
 
@@ -512,7 +512,7 @@ def test_errors_are_counted_and_named(tmp_path, shards, capsys):
     damage(tmp_path, range(4))
     saved = run(tmp_path / "run", f"--data {shards} --steps 15 --log-every 5")
     out, err = capsys.readouterr()
-    assert saved["errors"] == 4 and "4 pairs were unusable" in out
+    assert saved["errors"] == 4 and "unusable pairs: 4" in out
     assert err.count("broken image: ") == 4 and "00000.tar/00000000" in err
     assert logged(tmp_path / "run", "errors")[-1] == 4
 
