@@ -178,7 +178,8 @@ def add_arguments(parser):
         help="continue from the last checkpoint in DIR, if any; --steps may be other than before")
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, metavar="N", help="[%(default)s]")
     add("--save-every", type=COUNT, metavar="STEPS", help="[%(default)s]")
-    add("--log-every", type=COUNT, default=20, metavar="STEPS", help="[%(default)s]")
+    add("--log-every", type=COUNT, default=20, metavar="STEPS",
+        help="several GPUs see Ctrl-C only then [%(default)s]")
     add("--eval-every", type=number(int, 0), default=0, metavar="STEPS",
         help="score the model in training and keep the best as best.pt; 0: never")
     add("--eval-dataset", choices=evaluate.DATASETS, default="synthetic", metavar="NAME",
@@ -554,6 +555,7 @@ def open_log(folder, resumed_step):
                 log.write(line.rstrip("\n") + "\n")
         except (ValueError, LookupError, TypeError):  # a line that was cut off
             continue
+    log.flush()
     return log
 
 
@@ -668,7 +670,7 @@ def open_run(open_data, saved, path, method, init, config, sizes, vocabulary, im
 
 @dataclass
 class State:
-    """What a checkpoint holds, so that a run can be resumed."""
+    """What a checkpoint holds."""
 
     path: Path  # of checkpoint.pt
     model: torch.nn.Module
@@ -816,8 +818,8 @@ def train(
 ):
     """One step for each batch of the loader -> the exit status: 0, or 128 + the signal that came.
 
-    score: a function, or None. every: the steps between log lines, checkpoints, and scores. Others:
-    see take_step, lr_factor, open_log, --max-errors. Raises InputError for a broken run.
+    score: a function, or None. every: the steps between log lines, checkpoints, and scores.
+    Raises InputError for a broken run.
     """
     log_every, save_every, eval_every = every
     batches = loader.batch_sampler
@@ -827,7 +829,6 @@ def train(
     since = time.time()
     skipped = 0  # in a row
     stopped = False
-    failed = False
     state.model.train()
     with GracefulExit() as stop:
         for *batch, errors in loader:
@@ -846,8 +847,9 @@ def train(
             log_now = state.step % log_every == 0 or state.step in (batches.steps.start + 1, last)
             score_now = score and (state.step % eval_every == 0 or state.step == last)
             save_now = state.step % save_every == 0 or score_now
-            # A GPU computes this step while the numbers of the one before are read.
-            while unread and (len(unread) > 1 or log_now or save_now or stopped):
+            # Reading waits for a GPU. Several processes must read, and stop, at the same step.
+            free = state.device.type == "cpu" or (stop.asked() and not dist.is_initialized())
+            while unread and (log_now or save_now or free):
                 row = dict(zip([*names, "stop", "errors", "grad"], unread.pop(0).tolist()))
                 stopped = stopped or row["stop"] > 0
                 state.errors += int(row["errors"])
@@ -859,17 +861,17 @@ def train(
                 write_log(log, state, batches, rows, weights, time.time() - since)
                 rows = []
                 since = time.time()
-            failed = state.errors > max_errors * max(1000, state.step * batches.batch_size)
-            if stopped or failed:
+            if state.errors > max_errors * max(1000, state.step * batches.batch_size):
+                state.save()
+                advice = "repair the data and start again, or allow more --max-errors and --resume"
+                raise InputError(f"unusable pairs by step {state.step}: {state.errors}; {advice}")
+            if stopped:
                 break
             if save_now:
                 state.save()
             if score_now:
                 score()
         state.save()
-    if failed:
-        advice = "repair the data and start again, or allow more --max-errors and --resume"
-        raise InputError(f"{state.errors} pairs were unusable by step {state.step}; {advice}")
     return stop.status() if state.step < last else 0
 
 
@@ -883,7 +885,6 @@ def main(argv=None):
     saved, found = last_checkpoint(path) if args.resume else (None, path)
     if saved:
         check_resumed(saved, flags, found)
-
     torch.manual_seed(args.seed)
     sizes = {name: getattr(args, name) for name in SIZES if getattr(args, name) is not None}
     config = choose_sizes(args.recipe, args.method, sizes)

@@ -520,7 +520,7 @@ def test_errors_are_counted_and_named(tmp_path, shards, capsys):
 def test_too_many_errors_stop_the_run_and_keep_it(tmp_path, shards):
     damage(tmp_path, range(20))
     flags = f"--data {shards} --steps 45"
-    with pytest.raises(InputError, match="1. pairs were unusable by step .* --max-errors"):
+    with pytest.raises(InputError, match="unusable pairs by step .*: 1.; .* --max-errors"):
         run(tmp_path / "run", flags)
     assert 0 < read_weights(tmp_path / "run/checkpoint.pt")["step"] < 45
     assert run(tmp_path / "run", f"{flags} --resume --max-errors 0.1")["step"] == 45
