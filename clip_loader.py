@@ -480,10 +480,15 @@ def save_checkpoint(path, model, rotate=False, **others):
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".part")
     content = {"model": model.state_dict(), "config": dataclasses.asdict(model.config), **others}
-    with open(partial, "wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())  # the content must reach the disk before the name does
+    try:
+        with open(partial, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())  # the content must reach the disk before the name does
+    except (OSError, RuntimeError) as error:  # torch.save's RuntimeError follows an OSError
+        partial.unlink(missing_ok=True)
+        reason = error if isinstance(error, OSError) else error.__context__ or error
+        raise InputError(f"{path}: cannot be written, {reason}") from None
     if rotate and zipfile.is_zipfile(path):  # a truncated one is not worth keeping
         os.replace(path, path.with_suffix(f".1{path.suffix}"))
     os.replace(partial, path)

@@ -3,6 +3,11 @@
 python data.py superpixels --data "cc3m/{00000..00331}.tar"    # computes them before training
 """
 
+import signal
+
+if __name__ == "__main__":  # Ctrl-C during the imports ends the program without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import contextlib
 import csv
 import datetime
@@ -14,7 +19,6 @@ import json
 import math
 import os
 import re
-import signal
 import sys
 import tarfile
 import threading

@@ -7,6 +7,11 @@ python evaluate.py --image photo.jpg --words "cat, grass" --checkpoint ViT-B/16 
 python evaluate.py --classify photos --checkpoint pacl.pt        whole images, one folder per class
 """
 
+import signal
+
+if __name__ == "__main__":  # Ctrl-C during the imports ends the program without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import colorsys
 import contextlib
@@ -16,8 +21,6 @@ import json
 import math
 import multiprocessing
 import os
-import re
-import signal
 import sys
 import traceback
 from dataclasses import dataclass
@@ -1037,35 +1040,43 @@ def start_processes(device_name):
 def run_program(main, if_interrupted):
     """Runs main() and ends the process. What the user gave wrong is one line, a bug a traceback."""
     complaint = None
+    status = 1
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
+        status = 0
+    except SystemExit as ended:  # --help, or a run that a signal has stopped
+        status = ended.code
     except KeyboardInterrupt:
         complaint = if_interrupted
-    except (InputError, OSError) as error:
-        # The message of a worker's exception is its whole traceback; the last line is the error.
-        lines = (str(error).strip() or type(error).__name__).splitlines()
-        complaint = lines[-1].removeprefix("model.InputError: ")
+        status = 130
     except Exception as error:
-        complaint = traceback.format_exc().rstrip()
-        if re.match(r"DataLoader worker .* (killed|exited)", str(error)):
-            complaint = "a worker process was killed; is there enough memory for --workers?"
+        # The message of a worker's exception is its whole traceback; the last line is the error.
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        if isinstance(error, (InputError, OSError)):
+            complaint = lines[-1].removeprefix("model.InputError: ")
+        elif lines[0].startswith("DataLoader worker"):
+            complaint = f"{lines[0].rstrip(' .')}; if memory ran out, give fewer --workers"
+        else:
+            complaint = traceback.format_exc().rstrip()
     finally:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while Python ends
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or torch complains about the workers' end
         for worker in multiprocessing.active_children():
             worker.kill()
     if complaint and not complaint.startswith("Traceback"):
         complaint = f"{Path(sys.argv[0]).name}: {complaint}"
-    if not dist.is_initialized():
-        sys.exit(complaint)
-    # Several processes skip Python's cleanup: gloo's threads can deadlock there on the GIL (torch
-    # 2.4 to 2.13).
     if complaint:
         print(complaint, file=sys.stderr)
-    else:
+    if not dist.is_initialized():
+        sys.exit(status)
+    # Several processes skip Python's cleanup: gloo's threads can deadlock there on the GIL (torch
+    # 2.4 to 2.13).
+    if not complaint:
         dist.barrier()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(1 if complaint else 0)
+    os._exit(status)
 
 
 # --------------------------------------------------------------------------------------------------

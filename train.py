@@ -7,6 +7,11 @@ python train.py --recipe paper --data "cc3m/{00000..00331}.tar" dataset_coco.jso
 torchrun --nproc_per_node=8 train.py --recipe paper ...       the same, on eight GPUs
 """
 
+import signal
+
+if __name__ == "__main__":  # Ctrl-C during the imports ends the program without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import dataclasses
 import datetime
@@ -15,12 +20,10 @@ import functools
 import json
 import math
 import os
-import signal
 import sys
 import time
-from collections import Counter
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -152,45 +155,56 @@ FROZEN = (
     "clip.token_embedding.",
     "clip.positional_embedding",
 )
-# Flags that may change on resume: results differ by rounding at most (--device: also the noise).
+# Flags that may change on resume. The schedule becomes that of the new number of steps; the others
+# change results by rounding at most (--device: also the noise).
 RESUME_MAY_CHANGE = {"output", "resume", "save_every", "log_every", "device", "workers", "compile"}
-RESUME_MAY_CHANGE |= {"eval_every", "eval_dataset", "eval_root", "max_errors"}
+RESUME_MAY_CHANGE |= {"eval_every", "eval_dataset", "eval_root", "max_errors", "steps", "epochs"}
 RESUME_MAY_CHANGE |= {"accumulate", "checkpoint_activations"}
 
 
+# fmt: off
+COUNT = number(int, 1)
+SHARE = number(float, 0, 1)
+RATE = number(float, 0, 1e3)
+
+
 def add_arguments(parser):
-    # fmt: off
     add = parser.add_argument_group("the run").add_argument
     add("--data", nargs="+", metavar="PAIRS",
         help="one or more of: synthetic; CAPTIONS.json=FOLDER (COCO's or Karpathy's); LIST.tsv, "
         '.csv or .jsonl (=FOLDER) of paths and captions; "SHARDS{000..331}.tar" of img2dataset')
     add("--output", metavar="DIR", help="for checkpoint.pt and log.jsonl [%(default)s]")
-    add("--resume", action="store_true", help="continue from the last checkpoint in DIR, if any")
-    add("--seed", type=number(int, 0, 2**32 - 1), default=0, metavar="N",
-        help="of the order, the new weights and all noise [%(default)s]")
-    add("--save-every", type=number(int, 1), metavar="STEPS",
-        help="steps between checkpoints [%(default)s]")
-    add("--log-every", type=number(int, 1), default=20, metavar="STEPS",
-        help="steps between log lines; several GPUs see Ctrl-C only then [%(default)s]")
+    add("--resume", action="store_true",
+        help="continue from the last checkpoint in DIR, if any; --steps may be other than before")
+    add("--seed", type=number(int, 0, 2**32 - 1), default=0, metavar="N", help="[%(default)s]")
+    add("--save-every", type=COUNT, metavar="STEPS", help="[%(default)s]")
+    add("--log-every", type=COUNT, default=20, metavar="STEPS",
+        help="several GPUs see Ctrl-C only then [%(default)s]")
     add("--eval-every", type=number(int, 0), default=0, metavar="STEPS",
         help="score the model in training and keep the best as best.pt; 0: never")
     add("--eval-dataset", choices=evaluate.DATASETS, default="synthetic", metavar="NAME",
         help="as --dataset of evaluate.py [%(default)s]")
     add("--eval-root", metavar="DIR", help="its folder")
-    add("--max-errors", type=number(float, 0, 1), default=0.01, metavar="SHARE",
+    add("--max-errors", type=SHARE, default=0.01, metavar="SHARE",
         help="of pairs that may be unusable before the run stops [%(default)s]")
     add = parser.add_argument_group("the machine").add_argument
     add("--device", help="cpu, cuda, cuda:1, ... [a GPU if there is one]")
-    add("--precision", choices=("bf16", "fp16", "fp32"),
-        help="[bf16; fp16 on a GPU without it]")
+    add("--precision", choices=("bf16", "fp16", "fp32"), help="[bf16; fp16 on a GPU without it]")
     add("--workers", type=number(int, 0), default=2, metavar="N",
         help="processes that prepare pairs, per GPU; 0: only this one [%(default)s]")
-    add("--accumulate", type=number(int, 1), default=1, metavar="K",
+    add("--accumulate", type=COUNT, default=1, metavar="K",
         help="split a batch into K chunks, for less memory; the whole batch gives the negatives")
     add("--checkpoint-activations", action="store_true",
         help="for less memory: compute each block's forward pass twice")
     add("--compile", action="store_true", help="torch.compile: for long runs")
-    add = parser.add_argument_group("the recipe").add_argument
+    add_recipe(parser.add_argument_group("the recipe").add_argument)
+    add = parser.add_argument_group("the model: see Config in model.py").add_argument
+    for name, size in SIZES.items():
+        values = f"[small: {getattr(SMALL, name)}, paper: {size.default}]"
+        add("--" + name.replace("_", "-"), type=size.type, metavar="N", help=values)
+
+
+def add_recipe(add):
     add("--init", metavar="MODEL", help="start from ViT-B/16, a CLIP or a SegCLIP [%(default)s]")
     add("--freeze", action=argparse.BooleanOptionalAction, default=False,
         help="keep CLIP's patch, position and token embeddings as they are")
@@ -205,27 +219,21 @@ def add_arguments(parser):
         "OpenAI's 7 templates, as in PACL; synthetic: the words of the scenes; or none")
     add("--steps", type=number(int, 0), metavar="N", help="0 writes the untrained model")
     add("--epochs", type=number(float, 0), metavar="N", help="in place of --steps [paper: 10]")
-    add("--batch-size", type=number(int, 1), metavar="B",
-        help="pairs per step, of all processes together [%(default)s]")
-    add("--lr", type=number(float, 0, 1e3), metavar="LR", help="peak learning rate [%(default)s]")
-    add("--clip-lr", type=number(float, 0, 1e3), metavar="LR",
+    add("--batch-size", type=COUNT, metavar="B", help="of all processes together [%(default)s]")
+    add("--lr", type=RATE, metavar="LR", help="peak learning rate [%(default)s]")
+    add("--clip-lr", type=RATE, metavar="LR",
         help="of the text encoder and the image blocks before the group module [--lr; paper: 4e-6]")
-    add("--warmup", type=number(float, 0, 1), metavar="SHARE", help="of the steps [%(default)s]")
-    add("--weight-decay", type=number(float, 0, 1e3), default=0.05, metavar="W",
+    add("--warmup", type=SHARE, metavar="SHARE", help="of the steps [%(default)s]")
+    add("--weight-decay", type=RATE, default=0.05, metavar="W",
         help="of everything but biases [%(default)s]")
     add("--crop-scale", type=number(float, 1e-4, 1), metavar="SHARE",
         help="smallest share of an image in a crop [%(default)s]")
     add("--superpatch", choices=("floor", "majority"), default="floor",
         help="rule for patches on superpixel borders [%(default)s, the paper's]")
-    add("--reconstruction-weight", type=number(float, 0), default=1.0, metavar="W",
-        help="of L_rec in Eq. 7; 0: none [%(default)s]")
-    add("--superpixel-weight", type=number(float, 0), default=1.0, metavar="W",
-        help="of L_sup in Eq. 7; 1/L is the authors'; 0: none [%(default)s]")
-    add = parser.add_argument_group("the model: see Config in model.py").add_argument
-    for name, size in SIZES.items():
-        values = f"[small: {getattr(SMALL, name)}, paper: {size.default}]"
-        add("--" + name.replace("_", "-"), type=size.type, metavar="N", help=values)
-    # fmt: on
+    for name, loss in (("reconstruction", "L_rec"), ("superpixel", "L_sup")):
+        add(f"--{name}-weight", type=number(float, 0), default=1.0, metavar="W",
+            help=f"of {loss} in Eq. 7; 0: none [%(default)s]")
+# fmt: on
 
 
 def parse_args(argv=None):
@@ -276,13 +284,12 @@ def parse_args(argv=None):
 
 def check_resumed(saved, flags, path):
     """Raises InputError unless a checkpoint is of a run with the same flags."""
-    if not {"model", "merges", "optimizer", "scaler", "step", "pairs", "flags"} <= saved.keys():
+    if "flags" not in saved:
         raise InputError(f"{path}: not a checkpoint of train.py that could be resumed")
-    for name, value in flags.items():
-        before = saved["flags"].get(name)
-        if before != value and name not in RESUME_MAY_CHANGE:
+    for name, before in saved["flags"].items():
+        if before != flags.get(name) and name not in RESUME_MAY_CHANGE:
             flag = name.replace("_", "-")
-            raise InputError(f"{path}: was trained with --{flag} {before}, not {value}")
+            raise InputError(f"{path}: was trained with --{flag} {before}, not {flags.get(name)}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -395,11 +402,6 @@ def checkpoint_activations(model):
 # One step
 
 
-def autocast(device, precision):
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[precision]
-    return torch.autocast(device.type, dtype, enabled=dtype is not None)
-
-
 def compute_gradients(parallel, batch, noise, weights, precision, scaler, extra, chunks=1):
     """The gradients of a batch's loss (Eq. 7), in .grad of the parameters, scaled by `scaler`.
 
@@ -413,7 +415,8 @@ def compute_gradients(parallel, batch, noise, weights, precision, scaler, extra,
     """
     model = getattr(parallel, "module", parallel)
     _, world = rank_and_world()
-    context = autocast(batch[0].device, precision)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[precision]
+    context = torch.autocast(batch[0].device.type, dtype, enabled=dtype is not None)
     parts_of_batch = list(zip(*(x.chunk(chunks) for x in batch)))
     parts_of_noise = [{n: x.chunk(chunks)[k] for n, x in noise.items()} for k in range(chunks)]
     if chunks > 1:
@@ -487,124 +490,33 @@ def take_step(parallel, optimizer, batch, noise, weights, precision, scaler, chu
     return torch.cat([values, norm[None]]), names
 
 
+# --------------------------------------------------------------------------------------------------
+# The run
+
+
 class GracefulExit:
     """Inside `with`, Ctrl-C and SIGTERM only set a wish, so that the step can end and be saved."""
 
     def __enter__(self):
-        self.signalled = False
+        self.signal = None
         self.parent = os.getppid()
         self.handlers = {s: signal.signal(s, self.ask) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def ask(self, number, frame):
-        self.signalled = True
+        self.signal = number
 
     def asked(self):
         """Also true when torchrun has died, whose processes would go on for ever."""
-        return self.signalled or (dist.is_initialized() and os.getppid() != self.parent)
+        return bool(self.signal) or (dist.is_initialized() and os.getppid() != self.parent)
+
+    def status(self):
+        """As a shell would say it: 130 after Ctrl-C, 143 after SIGTERM, also another process's."""
+        return 128 + (self.signal or signal.SIGTERM)
 
     def __exit__(self, *_):
         for which, handler in self.handlers.items():
             signal.signal(which, handler)
-
-
-class Meter:
-    """Averages the losses since the last log line, and counts sample errors and skipped steps.
-
-    weights: of L_rec and L_sup. log: a file for the lines, or None; every: steps between them.
-    max_errors: the share of the pairs that may be unusable.
-    """
-
-    def __init__(self, state, steps, batch_size, weights, log, every, max_errors):
-        self.errors = state.errors
-        self.steps = steps
-        self.batch_size = batch_size
-        self.weights = {"con": 1.0, "rec": weights[0], "sup": weights[1]}
-        self.file = log
-        self.every = every
-        self.max_errors = max_errors
-        self.printed = Counter()
-        self.unread = []
-        self.recent = []
-        self.skipped = 0
-        self.first = state.step + 1
-        self.restart(state.step)
-
-    def restart(self, step):
-        self.since = time.time()
-        self.since_step = step
-
-    def is_due(self, step):
-        return step % self.every == 0 or step in (self.first, self.steps)
-
-    def extra(self, stop, errors):
-        """What is summed over the processes: a wish to stop, and errors by kind."""
-        kinds = [error.args[0] for error in errors]
-        for kind, error in zip(kinds, errors):
-            self.printed[kind] += 1
-            if self.printed[kind] <= 3:
-                more = "; more of the kind are only counted" if self.printed[kind] == 3 else ""
-                print(f"{error}{more}", file=sys.stderr)
-        counts = [kinds.count(kind) for kind in SampleError.KINDS]
-        return torch.tensor([stop, *counts], dtype=torch.float32)
-
-    def read(self, names):
-        """Reads the numbers of the last steps, which waits for the GPU. names: of the losses.
-
-        -> whether a process wants to stop, the same on all. Raises InputError for a broken run.
-        """
-        # Losses (compute_gradients), what extra() made, the norm (take_step).
-        names = [*names, "stop", *SampleError.KINDS, "grad"]
-        stop = False
-        for numbers in torch.stack(self.unread).tolist():
-            row = dict(zip(names, numbers))
-            stop = stop or row["stop"] > 0
-            self.errors.update({kind: int(row[kind]) for kind in SampleError.KINDS if row[kind]})
-            if math.isfinite(row["grad"]):
-                self.skipped = 0
-                self.recent.append(row)
-            else:
-                self.skipped += 1
-        self.unread = []
-        if self.skipped >= 10:
-            raise InputError(f"{self.skipped} gradients in a row are not finite; try a lower --lr")
-        return stop
-
-    def log(self, names, state):
-        """Appends a line to log.jsonl, and prints it, with the means since the last one."""
-        step = state.step
-        rows = self.recent
-        self.recent = []
-        if self.file is None or not rows:
-            return
-        means = {name: sum(row[name] for row in rows) / len(rows) for name in (*names, "grad")}
-        loss = sum(self.weights[name] * means[name] for name in names)
-        steps_per_second = (step - self.since_step) / (time.time() - self.since)
-        rate = steps_per_second * self.batch_size
-        line = {"step": step, **means, "loss": loss}
-        line["lr"] = max(group["lr"] for group in state.optimizer.param_groups)
-        line["scale"] = state.model.clip.logit_scale.exp().item()
-        line |= {"pairs_per_second": rate, "errors": self.errors.total()}
-        self.file.write(json.dumps(line) + "\n")
-        self.file.flush()
-        eta = datetime.timedelta(seconds=round((self.steps - step) / steps_per_second))
-        losses = " ".join(f"{name} {means[name]:.2f}" for name in names)
-        print(  # in 100 columns
-            f"step {step}/{self.steps}  loss {loss:.3f}: {losses}  grad {means['grad']:.1f}  "
-            f"lr {line['lr']:.0e}  {rate:.0f} pairs/s  ETA {eta}",
-            flush=True,
-        )
-        self.restart(step)
-
-    def too_many_errors(self, step):
-        return self.errors.total() > self.max_errors * max(1000, step * self.batch_size)
-
-    def summary(self):
-        return ", ".join(f"{count} x {kind}" for kind, count in self.errors.most_common())
-
-
-# --------------------------------------------------------------------------------------------------
-# The run
 
 
 def open_log(folder, resumed_step):
@@ -618,16 +530,16 @@ def open_log(folder, resumed_step):
     if rank:
         return None
     path = folder / "log.jsonl"
-    held = any(folder.glob("checkpoint*.pt"))
-    if resumed_step is None and held and not path.exists():
+    replaced = resumed_step is None and any(folder.glob("checkpoint*.pt"))
+    if replaced and not path.exists():
         raise InputError(f"{folder}: holds a checkpoint of something else; give another --output")
     folder.mkdir(parents=True, exist_ok=True)
     log = open(path, "a+", errors="replace")
     try:
-        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, workers do not inherit it
     except BlockingIOError:
         raise InputError(f"{folder}: another run is writing to it; give another --output") from None
-    if resumed_step is None and held:
+    if replaced:
         n = 1
         while Path(f"{folder}.{n}").exists():
             n += 1
@@ -635,46 +547,80 @@ def open_log(folder, resumed_step):
         print(f"{folder} held another run, which is now in {folder}.{n}", file=sys.stderr)
         return open_log(folder, None)
     log.seek(0)
-    lines = []
-    for line in log if resumed_step is not None else ():
+    lines = log.readlines() if resumed_step is not None else []
+    log.truncate(0)
+    for line in lines:
         try:
             if json.loads(line)["step"] <= resumed_step:
-                lines.append(line.rstrip("\n") + "\n")
+                log.write(line.rstrip("\n") + "\n")
         except (ValueError, LookupError, TypeError):  # a line that was cut off
             continue
-    log.truncate(0)
-    log.writelines(lines)
+    log.flush()
     return log
 
 
-def introduce(state, sources, steps, batch_size, superpixels_needed):
+def write_log(log, state, batches, rows, weights, seconds):
+    """Appends a line to log.jsonl, and prints it. rows: {name: value} of the last steps."""
+    finite = [row for row in rows if math.isfinite(row["grad"])]
+    if log is None or not finite:
+        return
+    weights = {"con": 1.0, "rec": weights[0], "sup": weights[1]}
+    names = [name for name in (*weights, "grad") if name in finite[0]]
+    line = {"step": state.step}
+    line |= {name: sum(row[name] for row in finite) / len(finite) for name in names}
+    parts = names[:-1]
+    line["loss"] = sum(weights[name] * line[name] for name in parts)
+    line["lr"] = max(group["lr"] for group in state.optimizer.param_groups)
+    line["scale"] = state.model.clip.logit_scale.exp().item()
+    line["pairs_per_second"] = len(rows) * batches.batch_size / seconds
+    line["errors"] = state.errors
+    log.write(json.dumps(line) + "\n")
+    log.flush()
+    steps = batches.steps.stop
+    eta = round((steps - state.step) * seconds / len(rows))
+    losses = " ".join(f"{name} {line[name]:.2f}" for name in parts)
+    print(  # in 100 columns
+        f"step {state.step}/{steps}  loss {line['loss']:.3f}: {losses}  grad {line['grad']:.1f}  "
+        f"lr {line['lr']:.0e}  {line['pairs_per_second']:.0f} pairs/s  "
+        f"ETA {datetime.timedelta(seconds=eta)}",
+        flush=True,
+    )
+
+
+def introduce(state, saved, sources, batches, superpixels_needed, warmup):
     """Prints what is trained, and on what; on the first process."""
     rank, world = rank_and_world()
     if rank:
         return
-    total = sum(p.numel() for p in state.model.parameters())
     for group in state.optimizer.param_groups:
-        count = sum(p.numel() for p in group["params"])
-        total -= count
+        count = sum(p.numel() for p in group["params"]) / 1e6
         rates = f"lr {group['peak_lr']:.1e}  weight decay {group['weight_decay']}"
-        print(f"{count / 1e6:8.2f} M parameters  {rates}")
-    print(f"{total / 1e6:8.2f} M parameters  frozen")
+        print(f"{count:8.2f} M parameters  {rates}")
+    frozen = sum(p.numel() for p in state.model.parameters() if not p.requires_grad) / 1e6
+    print(f"{frozen:8.2f} M parameters  frozen")
     stores = [source.superpixels for source in sources if hasattr(source, "superpixels")]
-    if stores and superpixels_needed:
-        saved = sum(store.places is not None for store in stores)
+    missing = sum(store.places is None for store in stores)
+    if missing and superpixels_needed:
         config = state.model.config
         sizes = f"--image-size {config.image_size} --patch-size {config.patch_size}"
         print(
-            f"{saved} of {len(stores)} shards or lists have superpixels; to compute them: "
+            f"{missing} of {len(stores)} shards or lists have no superpixels; to compute them: "
             f"python data.py superpixels {sizes} --data ..."
         )
+    steps = batches.steps.stop
     print(
-        f"{sum(state.lengths):,} pairs, {steps} steps of {batch_size}; a vocabulary of "
-        f"{state.tokenizer.vocab_size} tokens; {world} x "
-        f"{next(state.model.parameters()).device.type}, {state.flags['precision']}"
+        f"{sum(batches.sizes):,} pairs, {steps} steps of {batches.batch_size}; a vocabulary of "
+        f"{state.tokenizer.vocab_size} tokens; {world} x {state.device.type}, "
+        f"{state.flags['precision']}"
     )
-    if state.flags["resume"]:
-        print(f"resumed at step {state.step}" if state.step else "nothing to resume: a new run")
+    if saved:
+        before = saved["flags"]["steps"]
+        changed = f", on the schedule of {steps} steps in place of {before}"
+        peak = max(group["peak_lr"] for group in state.optimizer.param_groups)
+        rate = f"learning rate {peak * lr_factor(state.step, steps, warmup):.1e}"
+        print(f"resumed at step {state.step}, {rate}{changed if before != steps else ''}")
+    elif state.flags["resume"]:
+        print("nothing to resume: a new run")
     sys.stdout.flush()
 
 
@@ -707,11 +653,8 @@ def open_run(open_data, saved, path, method, init, config, sizes, vocabulary, im
     if saved:
         model = load_model(path)
         return model, Tokenizer(saved["merges"]), open_data(model.config)
-    if init and init not in MODELS and not Path(init).is_file():
-        advice = f"it takes a file or one of {', '.join(MODELS)}"
-        if init == CLIP_OF_SCENES:
-            advice = "run `python train.py --method clip`, or give another --init"
-        raise InputError(f"--init {init}: does not exist; {advice}")
+    if init == CLIP_OF_SCENES and not Path(init).exists():
+        raise InputError(f"{init}: run `python train.py --method clip`, or give another --init")
     sources = None
     if init is None:  # the vocabulary may be learned from the captions
         sources = open_data(config)
@@ -727,18 +670,22 @@ def open_run(open_data, saved, path, method, init, config, sizes, vocabulary, im
 
 @dataclass
 class State:
-    """What a checkpoint holds, so that a run can be resumed."""
+    """What a checkpoint holds."""
 
-    folder: Path
+    path: Path  # of checkpoint.pt
     model: torch.nn.Module
     tokenizer: Tokenizer
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    lengths: list  # of the sources
+    pairs: list  # the number in each source
     flags: dict
     step: int = 0
-    errors: Counter = field(default_factory=Counter)
+    errors: int = 0
     saved_step: int | None = None
+
+    @property
+    def device(self):
+        return self.model.clip.logit_scale.device
 
     def save(self):
         """Writes checkpoint.pt, unless it has this step already; on the first process."""
@@ -747,37 +694,39 @@ class State:
             return
         self.saved_step = self.step
         save_checkpoint(
-            self.folder / "checkpoint.pt",
+            self.path,
             self.model,
             rotate=True,
             merges=self.tokenizer.merges,
             optimizer=self.optimizer.state_dict(),
             scaler=self.scaler.state_dict(),
-            pairs=self.lengths,
+            pairs=self.pairs,
             flags=self.flags,
             step=self.step,
-            errors=dict(self.errors),
+            errors=self.errors,
         )
 
-    def restore(self, saved, path):
-        """Raises InputError if the data has changed, or processes find different checkpoints."""
-        if saved and saved["pairs"] != self.lengths:
-            before = sum(saved["pairs"])
-            raise InputError(f"{path}: was trained on {before} pairs, not {sum(self.lengths)}")
+    def restore(self, saved, path, steps):
+        """Raises InputError for other data, too few steps, or processes with other checkpoints."""
         if saved:
+            step = saved["step"]
+            if saved["pairs"] != self.pairs:
+                before = sum(saved["pairs"])
+                raise InputError(f"{path}: was trained on {before} pairs, not {sum(self.pairs)}")
+            if step > steps:
+                advice = f"give --steps {step} or more, or another --output"
+                raise InputError(f"{path}: has step {step}, --steps is {steps}; {advice}")
             self.optimizer.load_state_dict(saved["optimizer"])
             self.scaler.load_state_dict(saved["scaler"])
-            self.step = saved["step"]
-            self.saved_step = self.step
-            self.errors = Counter(saved["errors"])
+            self.step = step
+            self.saved_step = step
+            self.errors = saved["errors"]
         if dist.is_initialized():
-            device = next(self.model.parameters()).device
-            extremes = torch.tensor([self.step, -self.step], device=device)
+            numbers = torch.tensor([self.step, sum(self.pairs)], device=self.device)
+            extremes = torch.stack([numbers, -numbers])
             dist.all_reduce(extremes, dist.ReduceOp.MAX)
-            if extremes.sum():
-                raise InputError(
-                    f"{path}: every process must find the same file; use a shared disk"
-                )
+            if extremes.sum(dim=0).any():
+                raise InputError(f"{path}: processes find different files; use a shared disk")
 
 
 def rows_of_process(batch_size, chunks):
@@ -815,14 +764,14 @@ def tune_cpu(device, num_workers, config):
         torch.set_num_threads(min(torch.get_num_threads(), free))
 
 
-def draw_noise(model, seed, batch_size, rows, step):
-    """The noise of a step, of these rows of the batch: a function of the seed and the step."""
+def draw_noise(model, batches, step):
+    """The noise of this process's rows in a step: a function of the seed and the step."""
     config = model.config
     generator = torch.Generator(model.clip.logit_scale.device)
-    generator.manual_seed(seed * 1_000_003 + step)
+    generator.manual_seed(batches.seed * 1_000_003 + step)
     num_patches = (config.image_size // config.patch_size) ** 2
-    noise = model.draw_noise(batch_size, num_patches, generator)
-    return {name: values[rows] for name, values in noise.items()}
+    noise = model.draw_noise(batches.batch_size, num_patches, generator)
+    return {name: values[batches.rows] for name, values in noise.items()}
 
 
 def make_loader(pairs, sources, batches, workers):
@@ -849,108 +798,113 @@ def make_loader(pairs, sources, batches, workers):
     )
 
 
-class Scorer:
-    """Scores the model in training, `every` so many steps, and keeps the best one as best.pt."""
-
-    def __init__(self, every, name, root, state, workers):
-        self.every = every
-        self.state = state
-        self.workers = workers
-        self.dataset = evaluate.open_dataset(name, root, state.model.config.image_size)
-
-    def __call__(self):
-        model = self.state.model
-        segmenter = evaluate.open_segmenter(model, self.state.tokenizer, self.dataset)
-        metrics = evaluate.evaluate(segmenter, self.dataset, workers=self.workers)
-        model.train()
-        if not metrics:  # not the first process
-            return
-        print(f"step {self.state.step}  mIoU {100 * metrics['mIoU']:.2f} %", flush=True)
-        metrics["dataset"] = self.dataset.name
-        path = self.state.folder / "best.pt"
-        best = read_weights(path)["metrics"] if path.exists() else {}
-        if best.get("dataset") != self.dataset.name or metrics["mIoU"] > best["mIoU"]:
-            merges = self.state.tokenizer.merges
-            save_checkpoint(path, model, merges=merges, step=self.state.step, metrics=metrics)
+def score(state, dataset, workers):
+    """Prints the mIoU on a data set, and keeps the best model as best.pt."""
+    segmenter = evaluate.open_segmenter(state.model, state.tokenizer, dataset)
+    metrics = evaluate.evaluate(segmenter, dataset, workers=workers)
+    state.model.train()
+    if not metrics:  # not the first process
+        return
+    print(f"step {state.step}  mIoU {100 * metrics['mIoU']:.2f} %", flush=True)
+    metrics["dataset"] = dataset.name
+    path = state.path.with_name("best.pt")
+    best = read_weights(path)["metrics"] if path.exists() else {}
+    if best.get("dataset") != dataset.name or metrics["mIoU"] > best["mIoU"]:
+        others = {"merges": state.tokenizer.merges, "step": state.step, "metrics": metrics}
+        save_checkpoint(path, state.model, **others)
 
 
-def train(loader, state, meter, scorer, save_every, lr_factor_at, noise_at, take_step):
-    """One step for each batch of the loader, until a signal asks to stop. Raises InputError.
+def train(
+    state, loader, parallel, weights, precision, chunks, warmup, log, score, every, max_errors
+):
+    """One step for each batch of the loader -> the exit status: 0, or 128 + the signal that came.
 
-    lr_factor_at, noise_at: functions of the step. take_step: of a batch and its noise.
+    score: a function, or None. every: the steps between log lines, checkpoints, and scores.
+    Raises InputError for a broken run.
     """
-    device = next(state.model.parameters()).device
-    rank, world = rank_and_world()
+    log_every, save_every, eval_every = every
+    batches = loader.batch_sampler
+    last = batches.steps.stop
+    unread = []  # numbers of the last steps, on the device
+    rows = []  # of the steps since the last log line
+    since = time.time()
+    skipped = 0  # in a row
+    stopped = False
     state.model.train()
     with GracefulExit() as stop:
-        for image, superpatch, text, errors in loader:
+        for *batch, errors in loader:
+            for error in errors if state.errors < 10 else ():
+                print(error, file=sys.stderr)
             for group in state.optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * lr_factor_at(state.step)
-            stop_asked = stop.asked()
-            extra = meter.extra(stop_asked, errors)
-            batch = [x.to(device, non_blocking=True) for x in (image, superpatch, text, extra)]
-            values, names = take_step(batch, noise_at(state.step))
-            meter.unread.append(values)
+                group["lr"] = group["peak_lr"] * lr_factor(state.step, last, warmup)
+            extra = torch.tensor([stop.asked(), len(errors)], dtype=torch.float32)
+            batch = [x.to(state.device, non_blocking=True) for x in (*batch, extra)]
+            noise = draw_noise(state.model, batches, state.step)
+            values, names = take_step(
+                parallel, state.optimizer, batch, noise, weights, precision, state.scaler, chunks
+            )
+            unread.append(values)
             state.step += 1
-            log_now = meter.is_due(state.step)
-            score_now = scorer and (state.step % scorer.every == 0 or state.step == meter.steps)
+            log_now = state.step % log_every == 0 or state.step in (batches.steps.start + 1, last)
+            score_now = score and (state.step % eval_every == 0 or state.step == last)
             save_now = state.step % save_every == 0 or score_now
-            if log_now or save_now or device.type == "cpu" or (stop_asked and world == 1):
-                stopped = meter.read(names)  # waits for the GPU
-                if log_now:
-                    meter.log(names, state)
-                if stopped or meter.too_many_errors(state.step):
-                    break
+            # Reading waits for a GPU. Several processes must read, and stop, at the same step.
+            free = state.device.type == "cpu" or (stop.asked() and not dist.is_initialized())
+            while unread and (log_now or save_now or free):
+                row = dict(zip([*names, "stop", "errors", "grad"], unread.pop(0).tolist()))
+                stopped = stopped or row["stop"] > 0
+                state.errors += int(row["errors"])
+                skipped = 0 if math.isfinite(row["grad"]) else skipped + 1
+                rows.append(row)
+                if skipped == 10:
+                    raise InputError("10 gradients in a row are not finite; try a lower --lr")
+            if log_now:
+                write_log(log, state, batches, rows, weights, time.time() - since)
+                rows = []
+                since = time.time()
+            if state.errors > max_errors * max(1000, state.step * batches.batch_size):
+                state.save()
+                advice = "repair the data and start again, or allow more --max-errors and --resume"
+                raise InputError(f"unusable pairs by step {state.step}: {state.errors}; {advice}")
+            if stopped:
+                break
             if save_now:
                 state.save()
             if score_now:
-                scorer()
-                meter.restart(state.step)
+                score()
         state.save()
-    if meter.too_many_errors(state.step):
-        advice = "repair the data and start again, or allow more and --resume"
-        found = f"{meter.summary()}: more than --max-errors {meter.max_errors}"
-        raise InputError(f"{found}; {advice}")
-    if rank == 0:
-        if state.errors:
-            print(meter.summary())
-        if state.step < meter.steps:
-            print(f"stopped at step {state.step} of {meter.steps}: --resume continues")
-        print(f"{state.folder / 'checkpoint.pt'} has step {state.step}")
+    return stop.status() if state.step < last else 0
 
 
 def main(argv=None):
     args = parse_args(argv)
-    nouns = choose_nouns(args.nouns)
     device = evaluate.start_processes(args.device)
     rows = rows_of_process(args.batch_size, args.accumulate)
     precision = choose_precision(args.precision, device)
     flags = vars(args) | {"precision": precision}
-    folder = Path(args.output)
-    saved, path = last_checkpoint(folder / "checkpoint.pt") if args.resume else (None, None)
+    path = Path(args.output) / "checkpoint.pt"
+    saved, found = last_checkpoint(path) if args.resume else (None, path)
     if saved:
-        check_resumed(saved, flags, path)
-
+        check_resumed(saved, flags, found)
     torch.manual_seed(args.seed)
     sizes = {name: getattr(args, name) for name in SIZES if getattr(args, name) is not None}
     config = choose_sizes(args.recipe, args.method, sizes)
     options = {"seed": args.seed, "workers": args.workers, "max_errors": args.max_errors}
     open_data = functools.partial(open_pairs, args.data, **options)
     init = args.method, args.init, config, sizes, args.vocabulary, args.image_encoder
-    model, tokenizer, sources = open_run(open_data, saved, path, *init)
+    model, tokenizer, sources = open_run(open_data, saved, found, *init)
     lengths = [len(source) for source in sources]
     steps = args.steps
     if steps is None:
         steps = math.ceil(args.epochs * sum(lengths) / args.batch_size)
 
-    no_decoder = args.method == "segclip" and not args.reconstruction_weight
-    freeze(model.to(device), embeddings=args.freeze, reconstruction=no_decoder)
+    freeze(model.to(device), args.freeze, reconstruction=not args.reconstruction_weight)
     groups = parameter_groups(model, args.lr, args.clip_lr, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-6, fused=True)
     # Without fp16 it scales by 1, and only skips steps whose gradients are not finite.
     scaler = torch.amp.GradScaler(device.type, 2.0**16 if precision == "fp16" else 1.0)
-    state = State(folder, model, tokenizer, optimizer, scaler, lengths, flags)
-    state.restore(saved, path)
+    state = State(path, model, tokenizer, optimizer, scaler, lengths, flags | {"steps": steps})
+    state.restore(saved, found, steps)
 
     pairs = TrainingPairs(
         ConcatDataset(sources),
@@ -960,30 +914,28 @@ def main(argv=None):
         seed=args.seed,
         text_length=args.text_length,
         rule=args.superpatch if args.superpixel_weight else None,
-        nouns=nouns,
+        nouns=choose_nouns(args.nouns),
         templates=evaluate.TEMPLATES[7],
     )
     batches = Batches(lengths, args.seed, args.batch_size, rows, range(state.step, steps))
     loader = make_loader(pairs, sources, batches, args.workers)
-    scorer = None
+    scored = None
     if args.eval_every:
-        scorer = Scorer(args.eval_every, args.eval_dataset, args.eval_root, state, args.workers)
-    log = open_log(folder, state.step if saved else None)
-    introduce(state, sources, steps, args.batch_size, args.superpixel_weight)
+        dataset = evaluate.open_dataset(args.eval_dataset, args.eval_root, model.config.image_size)
+        scored = functools.partial(score, state, dataset, args.workers)
+    log = open_log(path.parent, state.step if saved else None)
+    introduce(state, saved, sources, batches, args.superpixel_weight, args.warmup)
     tune_cpu(device, loader.num_workers, model.config)
     parallel = wrap_model(model, args.checkpoint_activations, args.compile)
     weights = args.reconstruction_weight, args.superpixel_weight
-    how = {"weights": weights, "precision": precision, "scaler": scaler}
-    train(
-        loader,
-        state,
-        Meter(state, steps, args.batch_size, weights, log, args.log_every, args.max_errors),
-        scorer,
-        args.save_every,
-        functools.partial(lr_factor, steps=steps, warmup=args.warmup),
-        functools.partial(draw_noise, model, args.seed, args.batch_size, rows),
-        functools.partial(take_step, parallel, optimizer, chunks=args.accumulate, **how),
-    )
+    every = args.log_every, args.save_every, args.eval_every
+    how = weights, precision, args.accumulate, args.warmup, log, scored, every, args.max_errors
+    status = train(state, loader, parallel, *how)
+    if log:
+        advice = ", --resume continues it" if status else ""
+        print(f"{path} has step {state.step} of {steps}{advice}; unusable pairs: {state.errors}")
+    if status:
+        sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 import data
 import train
 from clip_loader import load_model, load_segclip, load_tokenizer, read_weights
-from conftest import GOLDEN, TINY, recorder
+from conftest import GOLDEN, TINY, assert_one_line, recorder
 from data import SyntheticScenes, TrainingPairs, collate, normalise
 from losses import contrastive_loss
 from model import CLIP, InputError, SegCLIP
@@ -176,21 +177,82 @@ def test_a_run_that_was_killed_and_resumed_ends_bit_for_bit_the_same(tmp_path, w
     assert logged(output, "loss") == logged(tmp_path / "whole", "loss")
 
 
-@pytest.mark.parametrize("processes, name", [(1, "SIGTERM"), (1, "SIGINT"), (2, "SIGTERM")])
-def test_a_signal_saves_and_ends_the_run(tmp_path, processes, name):
-    output = tmp_path / "run"
-    flags = "--steps 5000 --save-every 5000 --log-every 1 --workers 1"
-    process = launch(output, f"{flags} --crop-scale 0.9", processes)  # so scenes are not in memory
+def start_long_run(output, flags="", processes=1):
+    """Starts a run that takes for ever, and waits for its tenth step."""
+    flags = f"--steps 5000 --save-every 5000 --log-every 1 --workers 1 --crop-scale 0.9 {flags}"
+    process = launch(output, flags, processes)  # crops, so scenes are not prepared in memory
     wait_for_step(process, output, 10)
+    return process
+
+
+@pytest.mark.parametrize(
+    "processes, name", [(1, "SIGTERM"), (1, "SIGINT"), (2, "SIGTERM"), (2, "SIGKILL")]
+)
+def test_a_signal_saves_and_ends_the_run(tmp_path, processes, name):
+    """Also SIGKILL of torchrun, whose processes live on, notice it, and end by themselves."""
+    output = tmp_path / "run"
+    process = start_long_run(output, processes=processes)
     if name == "SIGINT":
         os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does; the workers get it too
     else:
-        process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=300)
+        process.send_signal(getattr(signal, name))
+    out, err = process.communicate(timeout=60)  # until the last process has closed its output
     step = read_weights(output / "checkpoint.pt")["step"]
-    assert 10 <= step < 5000 and f"stopped at step {step} of 5000" in out
+    assert 10 <= step < 5000 and f"has step {step} of 5000, --resume continues" in out
     if processes == 1:  # torchrun adds a message of its own
-        assert process.returncode == 0 and "Traceback" not in err
+        assert process.returncode == {"SIGINT": 130, "SIGTERM": 143}[name]
+        assert "Traceback" not in err
+    if name == "SIGKILL":
+        flags = f"--log-every 1 --crop-scale 0.9 --resume --steps {step + 2}"
+        assert run(output, flags)["step"] == step + 2
+        assert logged(output, "step") == list(range(1, step + 3))
+
+
+def test_two_runs_never_share_a_folder(tmp_path):
+    first = start_long_run(tmp_path / "run")
+    for flags in ("", "--resume"):
+        with pytest.raises(InputError, match="run: another run is writing to it"):
+            run(tmp_path / "run", flags)
+    wait_for_step(first, tmp_path / "run", 15)
+    first.terminate()
+    out, _ = first.communicate(timeout=60)
+    assert "--resume continues" in out and not (tmp_path / "run.1").exists()
+    steps = logged(tmp_path / "run", "step")
+    assert steps == list(range(1, len(steps) + 1))
+
+
+def test_a_killed_worker_ends_the_run_in_one_line(tmp_path):
+    process = start_long_run(tmp_path / "run")
+    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(workers[0]), signal.SIGKILL)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1 and err.count("\n") == 1
+    assert "DataLoader worker" in err and "--workers" in err
+
+
+@pytest.mark.parametrize("seconds", [0.1, 0.7, 1.8])
+def test_ctrl_c_while_a_program_starts(tmp_path, seconds):
+    process = launch(tmp_path / "run", "--steps 5000")
+    time.sleep(seconds)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode in (-signal.SIGINT, 130)  # without a handler, or with it
+    assert "Traceback" not in err and err.count("\n") <= 1
+
+
+def test_a_full_disk_loses_no_checkpoint(tmp_path):
+    flags = "--save-every 2 --resume"
+    run(tmp_path, f"{flags} --steps 2")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(InputError, match="checkpoint.pt: cannot be written") as error:
+            run(tmp_path, f"{flags} --steps 6")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert_one_line(error)
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint.pt", "log.jsonl"}
+    assert run(tmp_path, f"{flags} --steps 6")["step"] == 6
 
 
 def test_the_last_good_checkpoint_is_found(tmp_path, capsys):
@@ -216,6 +278,22 @@ def test_resume_of_nothing_and_of_a_finished_run(tmp_path, capsys):
     assert "nothing to resume" in capsys.readouterr().out
     assert_equal(run(tmp_path / "run", "--resume --steps 1")["model"], first["model"])
     assert "resumed at step 1" in capsys.readouterr().out
+
+
+def test_a_run_can_be_lengthened(tmp_path, capsys):
+    short = run(tmp_path, "--steps 4 --log-every 1")
+    end = run(tmp_path, "--steps 9 --log-every 1 --resume")
+    rates = [1e-3 * train.lr_factor(step, 9, 0.1) for step in range(9)]
+    line = (
+        f"resumed at step 4, learning rate {rates[4]:.1e}, on the schedule of 9 steps in place of"
+    )
+    assert line in capsys.readouterr().out
+    assert logged(tmp_path, "lr")[4:] == pytest.approx(rates[4:])
+    assert end["step"] == 9 and moved(short["model"], end["model"]) >= {"clip", "group"}
+    epochs = SMALL_SEGCLIP.replace("--steps 6", "--epochs 0.0067")
+    assert run(tmp_path, "--resume", epochs)["step"] == 11  # 12,000 pairs in batches of 8
+    with pytest.raises(InputError, match="has step 11, .* give --steps 11 or more, or another"):
+        run(tmp_path, "--steps 9 --resume")
 
 
 def test_a_new_run_loses_no_earlier_one(tmp_path):
@@ -247,7 +325,7 @@ def test_a_run_goes_on_with_the_same_data_only(tmp_path, shards):
 
 def test_a_run_goes_on_with_its_own_flags_only(tmp_path):
     run(tmp_path)
-    changes = "--num-centers 5", "--seed 1", "--gumbel-tau 2", "--steps 7", "--superpixel-weight 0"
+    changes = "--num-centers 5", "--seed 1", "--gumbel-tau 2", "--lr 2e-3", "--superpixel-weight 0"
     for flags in changes:
         with pytest.raises(InputError, match=f"was trained with {flags.split()[0]}"):
             run(tmp_path, f"--resume {flags}")
@@ -434,15 +512,15 @@ def test_errors_are_counted_and_named(tmp_path, shards, capsys):
     damage(tmp_path, range(4))
     saved = run(tmp_path / "run", f"--data {shards} --steps 15 --log-every 5")
     out, err = capsys.readouterr()
-    assert saved["errors"] == {"broken image": 4} and "4 x broken image" in out
-    assert err.count("broken image: ") == 3 and "00000.tar/00000000" in err
+    assert saved["errors"] == 4 and "unusable pairs: 4" in out
+    assert err.count("broken image: ") == 4 and "00000.tar/00000000" in err
     assert logged(tmp_path / "run", "errors")[-1] == 4
 
 
 def test_too_many_errors_stop_the_run_and_keep_it(tmp_path, shards):
     damage(tmp_path, range(20))
     flags = f"--data {shards} --steps 45"
-    with pytest.raises(InputError, match="1. x broken image: more than --max-errors 0.01"):
+    with pytest.raises(InputError, match="unusable pairs by step .*: 1.; .* --max-errors"):
         run(tmp_path / "run", flags)
     assert 0 < read_weights(tmp_path / "run/checkpoint.pt")["step"] < 45
     assert run(tmp_path / "run", f"{flags} --resume --max-errors 0.1")["step"] == 45
