@@ -661,9 +661,8 @@ def open_run(open_data, saved, path, method, init, config, sizes, vocabulary, im
     if vocabulary == "learned" and sources:
         tokenizer = learn_vocabulary(sources[0])
     else:
-        checkpoint_file = None if init in MODELS else init
-        named = vocabulary in ("openai", "learned")
-        tokenizer = load_tokenizer(checkpoint_file, None if named else vocabulary)
+        own = None if vocabulary in ("openai", "learned") else vocabulary
+        tokenizer = load_tokenizer(init, own)
     model = build_model(method, init, config, sizes, tokenizer.vocab_size, image_encoder)
     return model, tokenizer, sources or open_data(model.config)  # crops of the weights' size
 
