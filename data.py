@@ -482,7 +482,8 @@ class Batches:
 class TrainingPairs(Dataset):
     """pairs[position, index] is pair `index`, as it is seen at this position of training.
 
-    -> image uint8 [S, S, 3], super-patches int [N], token ids [T], list of SampleErrors.
+    -> image uint8 [S, S, 3], super-patches int [N], token ids [T], with prompts [1 + K, T], list of
+    SampleErrors.
     """
 
     source: Dataset  # source[index] is a Sample, or raises SampleError
@@ -494,6 +495,7 @@ class TrainingPairs(Dataset):
     rule: str | None = "floor"  # of patch_labels; None: no superpixels are needed
     nouns: tuple = ()
     templates: tuple = ()
+    prompts: int = 0  # GroupViT's, beside the caption
 
     def __getitem__(self, key):
         position, index = key
@@ -504,9 +506,9 @@ class TrainingPairs(Dataset):
         size = self.config.image_size
         image, segments = random_resized_crop(sample.image, segments, size, rng, self.crop_scale)
         superpatch = patch_labels(segments, self.config.patch_size, self.rule or "floor")
-        text = self.choose_text(sample.caption, rng)
-        text = self.tokenizer(text, self.text_length or self.config.context_length)
-        return image, superpatch, text[0].numpy(), errors
+        texts = self.choose_texts(sample.caption, rng)
+        text = self.tokenizer(texts, self.text_length or self.config.context_length)
+        return image, superpatch, text.squeeze(0).numpy(), errors
 
     def find_sample(self, position, index):
         """The Sample at `index`; if it cannot be used, the next; every tenth time a random one.
@@ -536,13 +538,21 @@ class TrainingPairs(Dataset):
             errors.append(SampleError("missing superpixels", sample.name))
         return superpixels(sample.image, self.config.image_size, self.config.patch_size)
 
-    def choose_text(self, caption, rng):
-        """The caption, or one of its nouns in one of the templates, all equally often (PACL)."""
+    def choose_texts(self, caption, rng):
+        """The caption, or one of its nouns in one of the templates, all equally often (PACL).
+
+        With prompts, the caption and K of its nouns, each in any template; for a noun that is
+        missing, the caption (GroupViT).
+        """
         if not self.nouns:
-            return caption
+            return [caption]
         found = dict.fromkeys(self.noun_pattern.findall(caption.lower()))  # each once, in order
+        if self.prompts:
+            nouns = rng.permutation(list(found))[: self.prompts]
+            texts = [self.templates[rng.randint(len(self.templates))].format(x) for x in nouns]
+            return [caption, *texts, *[caption] * (self.prompts - len(texts))]
         texts = [caption, *(template.format(noun) for noun in found for template in self.templates)]
-        return texts[rng.randint(len(texts))]
+        return [texts[rng.randint(len(texts))]]
 
     @functools.cached_property
     def noun_pattern(self):

@@ -1,8 +1,9 @@
-"""Train SegCLIP on image-text pairs, or PACL, or the CLIP that both are compared with.
+"""Train SegCLIP on image-text pairs, or PACL, GroupViT, or the CLIP that they are compared with.
 
 python train.py                      a small SegCLIP from scratch on synthetic scenes, in minutes
 python train.py --method clip        the CLIP of the scenes
 python train.py --method pacl        PACL on that CLIP
+python train.py --method groupvit    GroupViT; --stages 1 or 2
 python train.py --recipe paper --data "cc3m/{00000..00331}.tar" dataset_coco.json=coco
 torchrun --nproc_per_node=8 train.py --recipe paper ...       the same, on eight GPUs
 """
@@ -58,7 +59,7 @@ from data import (
 )
 from evaluate import RUNS, Parser, number
 from losses import contrastive_loss, total_loss
-from model import CLIP, PACL, Block, Config, DenseCLIP, InputError, SegCLIP
+from model import CLIP, PACL, Block, Config, DenseCLIP, GroupViT, InputError, SegCLIP
 
 # --------------------------------------------------------------------------------------------------
 # Recipes: the defaults of the flags, by --recipe and --method
@@ -83,6 +84,28 @@ SMALL = Config(
     gumbel_tau=3.0,
     decoder_layers=1,
 )
+# What GroupViT has in place of SMALL and of Config's defaults.
+GROUPVIT_SIZES = {
+    "small": {
+        "vision_layers": 4,
+        "group_tokens": 32,
+        "gumbel_tau": 1.0,
+        "projector_width": 256,
+    },
+    "paper": {
+        "vision_width": 384,
+        "text_width": 256,
+        "embed_dim": 256,
+        "first_stage_layers": 6,
+        "gumbel_tau": 1.0,
+    },
+}
+# Settings without a flag: AdamW's; the largest norm of the gradients; the last learning rate, as a
+# share of the peak; and the fewest dimensions of a parameter that decays.
+OPTIMIZER = {"adam": {"betas": (0.9, 0.98), "eps": 1e-6}, "norm": 1.0, "last": 0.0, "decaying": 0}
+OPTIMIZERS = {  # AdamW as PyTorch has it
+    ("paper", "groupvit"): {"adam": {}, "norm": 5.0, "last": 0.025, "decaying": 2}
+}
 SMALL_RECIPE = {
     "data": ["synthetic"],
     "output": RUNS["segclip"],
@@ -115,14 +138,30 @@ PACL_RECIPE = CONTRASTIVE | {"freeze": False, "weight_decay": 0.2}
 SMALL_PACL = {"init": CLIP_OF_SCENES, "nouns": "synthetic", "steps": 600, "lr": 3e-3}
 # As others quote the PACL paper; the crop and the text length are SegCLIP's.
 PAPER_PACL = {"lr": 5e-4, "batch_size": 4096, "warmup": 0.0}
+# Without the authors' other augmentations (docs/differences.md).
+PAPER_GROUPVIT = CONTRASTIVE | {
+    "output": "runs/paper-groupvit",
+    "init": None,
+    "freeze": False,
+    "text_length": None,
+    "epochs": 30.0,
+    "batch_size": 4096,
+    "lr": 1.6e-3,
+    "warmup": 2 / 30,
+    "crop_scale": 0.08,
+}
+SMALL_GROUPVIT = CONTRASTIVE | {"output": RUNS["groupvit"], "nouns": "synthetic"}
 RECIPES = {
     ("small", "segclip"): SMALL_RECIPE,
     ("small", "clip"): SMALL_RECIPE | CONTRASTIVE | {"output": RUNS["clip"]},
     ("small", "pacl"): SMALL_RECIPE | PACL_RECIPE | SMALL_PACL | {"output": RUNS["pacl"]},
+    ("small", "groupvit"): SMALL_RECIPE | SMALL_GROUPVIT,
     ("paper", "segclip"): PAPER_RECIPE,
     ("paper", "clip"): PAPER_RECIPE | CONTRASTIVE | {"output": "runs/paper-clip", "lr": 4e-6},
     ("paper", "pacl"): PAPER_RECIPE | PACL_RECIPE | PAPER_PACL | {"output": "runs/paper-pacl"},
+    ("paper", "groupvit"): PAPER_RECIPE | PAPER_GROUPVIT,
 }
+PROMPTS = 3  # of GroupViT, beside the caption
 SIZES = {size.name: size for size in dataclasses.fields(Config) if size.name != "vocab_size"}
 # Sizes that --init with a plain CLIP does not decide.
 ADDED = (
@@ -192,7 +231,8 @@ def add_arguments(parser):
         help="tokens of a caption, longer ones are cut [--context-length; paper: 32]")
     add("--nouns", metavar="FILE",
         help="one noun per line: the text of a pair is the caption or one of its nouns in one of "
-        "OpenAI's 7 templates, as in PACL; synthetic: the words of the scenes; or none")
+        "OpenAI's 7 templates, as in PACL; groupvit: for its multi-label loss, which it has not "
+        "without; synthetic: the words of the scenes; or none")
     add("--steps", type=number(int, 0), metavar="N", help="0 writes the untrained model")
     add("--epochs", type=number(float, 0), metavar="N", help="in place of --steps [paper: 10]")
     add("--batch-size", type=number(int, 1), metavar="B",
@@ -224,7 +264,7 @@ def parse_args(argv=None):
     choices.add_argument("--recipe", choices=("small", "paper"), default="small", help="[small]")
     choices.add_argument(
         "--method",
-        choices=("segclip", "clip", "pacl"),
+        choices=("segclip", "clip", "pacl", "groupvit"),
         default="segclip",
         help="clip: the same encoders with CLIP's loss alone; pacl: an embedder for the patches "
         "of a frozen CLIP [%(default)s]",
@@ -263,12 +303,21 @@ def check(args, error):
         error(f"--eval-dataset {args.eval_dataset} needs --eval-root, the folder that holds it")
     if args.method == "pacl" and args.accumulate > 1:
         error("--accumulate: the loss of --method pacl works in chunks already")
+    if args.method == "groupvit" and args.accumulate > 1:
+        error("--accumulate: the BatchNorm of --method groupvit needs the whole batch at once")
     of_segclip = ("first_stage_layers", *ADDED, *CONTRASTIVE)
     of_pacl = ("patch_scale", "image_encoder")
+    of_groupvit = ("stages", "group_tokens", "projector_width")
     unused = {
-        "segclip": of_pacl,
-        "clip": of_segclip + of_pacl,
-        "pacl": (*of_segclip, "from_scratch", "freeze"),
+        "segclip": of_pacl + of_groupvit,
+        "clip": of_segclip + of_pacl + of_groupvit,
+        "pacl": (*of_segclip, *of_groupvit, "from_scratch", "freeze"),
+        "groupvit": (
+            *of_pacl,
+            *CONTRASTIVE,
+            *("cross_layers", "mask_ratio", "decoder_layers"),
+            *("from_scratch", "freeze", "init"),
+        ),
     }
     for name in unused[args.method]:
         if getattr(args, name):
@@ -293,6 +342,8 @@ def check_resumed(saved, flags, path):
 def choose_sizes(recipe, method, sizes):
     """The recipe's Config with the sizes {name: value} that were given. Raises InputError."""
     config = SMALL if recipe == "small" else Config()
+    if method == "groupvit":
+        return dataclasses.replace(config, **GROUPVIT_SIZES[recipe] | sizes)
     if method == "clip":  # there is no group module that other blocks would follow
         layers = sizes.get("vision_layers", config.vision_layers)
         sizes = sizes | {"first_stage_layers": layers}
@@ -312,6 +363,8 @@ def build_model(method, init, config, sizes, vocab_size, image_encoder=None):
         clip = load_clip(init, activation)
         clip.config = dataclasses.replace(clip.config, patch_scale=config.patch_scale)
         model = PACL(clip, load_dino(image_encoder) if image_encoder else None)
+    elif method == "groupvit":
+        model = GroupViT(config)
     elif init is None:
         model = SegCLIP(config)
     else:
@@ -340,21 +393,25 @@ def learn_vocabulary(source):
     return Tokenizer.learn(captions, num_merges=500)
 
 
-def freeze(model, embeddings=False, reconstruction=False):
-    """Switches off the gradients of CLIP's embeddings, and of what only reconstruction needs."""
+def freeze(model, embeddings=False, reconstruction=False, prompts=False):
+    """Switches off the gradients of CLIP's embeddings, and of what only a loss needs that is not
+    there: reconstruction, or the one over prompts."""
     prefixes = FROZEN if embeddings else ()
     if reconstruction:
         prefixes = (*prefixes, "reconstruction_layer.", "reconstruction_blocks.", "decoder.")
+    if prompts:
+        prefixes = (*prefixes, "multi_label_logit_scale")
     for name, parameter in model.named_parameters():
         if name.startswith(prefixes):
             parameter.requires_grad_(False)
 
 
-def parameter_groups(model, lr, clip_lr=None, weight_decay=0.0):
+def parameter_groups(model, lr, clip_lr=None, weight_decay=0.0, decaying=0):
     """What is trained, by peak learning rate and weight decay, for AdamW (Section 3.2).
 
     clip_lr is for CLIP's text encoder, temperature and image blocks before the group module. All
-    else has lr: what SegCLIP adds, and the blocks after it, pre-trained or not.
+    else has lr: what SegCLIP adds, and the blocks after it, pre-trained or not. Parameters of less
+    than `decaying` dimensions have no weight decay, nor have biases.
     """
     config = model.config
     late = ()
@@ -367,7 +424,8 @@ def parameter_groups(model, lr, clip_lr=None, weight_decay=0.0):
         if parameter.requires_grad:
             early = name.startswith("clip.") and not name.startswith(late)
             rate = clip_lr if early and clip_lr is not None else lr
-            decay = 0.0 if name.endswith("bias") else weight_decay  # as in the authors' program
+            decays = parameter.dim() >= decaying and not name.endswith("bias")
+            decay = weight_decay if decays else 0.0  # as in the authors' programs
             groups.setdefault((rate, decay), []).append(parameter)
     return [
         {"params": parameters, "lr": rate, "peak_lr": rate, "weight_decay": decay}
@@ -375,12 +433,13 @@ def parameter_groups(model, lr, clip_lr=None, weight_decay=0.0):
     ]
 
 
-def lr_factor(step, steps, warmup):
-    """Linear warm-up to 1 in a share `warmup` of the steps, then a cosine to 0 (Section 3.2)."""
+def lr_factor(step, steps, warmup, last=0.0):
+    """Linear warm-up to 1 in a share of the steps, then a cosine to `last` (Section 3.2)."""
     warmup_steps = max(1, round(warmup * steps))
     if step < warmup_steps:
         return (step + 1) / warmup_steps
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, steps - warmup_steps)))
+    cosine = math.cos(math.pi * (step - warmup_steps) / max(1, steps - warmup_steps))
+    return last + (1 - last) * 0.5 * (1 + cosine)
 
 
 def checkpoint_activations(model):
@@ -467,8 +526,10 @@ def gradients_of_features(model, parts_of_batch, parts_of_noise, context):
     return con.detach(), g_image.chunk(chunks), g_text.chunk(chunks), g_scale
 
 
-def take_step(parallel, optimizer, batch, noise, weights, precision, scaler, chunks=1):
-    """Gradients, clipped to norm 1, and the optimizer's step. Nothing here waits for the GPU.
+def take_step(
+    parallel, optimizer, batch, noise, weights, precision, scaler, chunks=1, max_norm=1.0
+):
+    """Gradients, clipped to max_norm, and the optimizer's step. Nothing here waits for the GPU.
 
     batch: image uint8 [b, 3, H, W], superpatch, text, extra. Other arguments and results: see
     compute_gradients; the gradients' norm is appended to the numbers.
@@ -480,11 +541,13 @@ def take_step(parallel, optimizer, batch, noise, weights, precision, scaler, chu
         parallel, batch, noise, weights, precision, scaler, extra, chunks
     )
     scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(parallel.parameters(), 1.0)
+    norm = torch.nn.utils.clip_grad_norm_(parallel.parameters(), max_norm)
     scaler.step(optimizer)  # skipped if a gradient is not finite; after DDP's sum on all processes
     scaler.update(None if precision == "fp16" else 1.0)
     with torch.no_grad():  # beyond the loss's clamp it would have no gradient, and never come back
-        getattr(parallel, "module", parallel).clip.logit_scale.clamp_(max=math.log(100))
+        for name, parameter in parallel.named_parameters():
+            if name.endswith("logit_scale"):
+                parameter.clamp_(max=math.log(100))
     return torch.cat([values, norm[None]]), names
 
 
@@ -511,7 +574,7 @@ class Meter:
         self.errors = state.errors
         self.steps = steps
         self.batch_size = batch_size
-        self.weights = {"con": 1.0, "rec": weights[0], "sup": weights[1]}
+        self.weights = {"con": 1.0, "label": 1.0, "rec": weights[0], "sup": weights[1]}
         self.printed = Counter()
         self.unread = []
         self.recent = []
@@ -857,14 +920,17 @@ def main(argv=None):
         steps = math.ceil(args.epochs * sum(lengths) / args.batch_size)
 
     no_decoder = args.method == "segclip" and not args.reconstruction_weight
-    freeze(model, embeddings=args.freeze, reconstruction=no_decoder)
-    groups = parameter_groups(model, args.lr, args.clip_lr, args.weight_decay)
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-6, fused=True)
+    freeze(model, embeddings=args.freeze, reconstruction=no_decoder, prompts=not nouns)
+    fixed = OPTIMIZERS.get((args.recipe, args.method), OPTIMIZER)
+    decaying = fixed["decaying"]
+    groups = parameter_groups(model, args.lr, args.clip_lr, args.weight_decay, decaying)
+    optimizer = torch.optim.AdamW(groups, **fixed["adam"], fused=True)
     # Without fp16 it scales by 1, and only skips steps whose gradients are not finite.
     scaler = torch.amp.GradScaler(device.type, 2.0**16 if precision == "fp16" else 1.0)
     state = State(model, tokenizer, optimizer, scaler, lengths, flags)
     state.restore(saved, resumed)
 
+    prompts = PROMPTS if args.method == "groupvit" else 0
     pairs = TrainingPairs(
         ConcatDataset(sources),
         tokenizer,
@@ -874,7 +940,8 @@ def main(argv=None):
         text_length=args.text_length,
         rule=args.superpatch if args.superpixel_weight else None,
         nouns=nouns,
-        templates=evaluate.TEMPLATES[7],
+        templates=evaluate.TEMPLATES[80 if args.recipe == "paper" and prompts else 7],
+        prompts=prompts,
     )
     share = args.batch_size // world
     rows = slice(rank * share, (rank + 1) * share)  # of each batch, this process's
@@ -906,7 +973,7 @@ def main(argv=None):
     model.train()
     with GracefulExit() as stop:
         for image, superpatch, text, errors in loader:
-            factor = lr_factor(state.step, steps, args.warmup)
+            factor = lr_factor(state.step, steps, args.warmup, fixed["last"])
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * factor
             extra = meter.extra(stop.asked, errors)
@@ -915,7 +982,15 @@ def main(argv=None):
                 model, args.seed, state.step, args.batch_size, num_patches, rows, generator
             )
             values, names = take_step(
-                parallel, optimizer, batch, noise, weights, precision, scaler, args.accumulate
+                parallel,
+                optimizer,
+                batch,
+                noise,
+                weights,
+                precision,
+                scaler,
+                args.accumulate,
+                fixed["norm"],
             )
             state.step += 1
             last = state.step == steps

@@ -39,7 +39,17 @@ from evaluate import (
     with_legend,
 )
 from losses import compatibility
-from model import CLIP, PACL, Config, DenseCLIP, ImageEncoding, InputError, OnCLIP, SegCLIP
+from model import (
+    CLIP,
+    PACL,
+    Config,
+    DenseCLIP,
+    GroupViT,
+    ImageEncoding,
+    InputError,
+    OnCLIP,
+    SegCLIP,
+)
 
 
 def test_inference_size():
@@ -304,6 +314,9 @@ segclip   pascal_voc       224 224 224 1  -  0.75 -   20
 segclip   pascal_context   224 224 224 1  -  0.25 -   59
 segclip   coco_object      224 224 224 1  -  0.65 -   80
 segclip   ade20k           224 224 224 1  -  -    -   150
+groupvit  pascal_voc       448 448 224 1  -  0.95 -   20
+groupvit  pascal_context   448 448 224 1  -  0.35 -   59
+groupvit  coco_object      448 448 224 1  -  0.95 -   80
 sclip     pascal_voc       336 224 112 80 65 0.1  0.1 56
 sclip     pascal_voc20     336 224 112 80 40 -    -   30
 sclip     pascal_context   336 224 112 80 50 0.1  -   60
@@ -336,7 +349,7 @@ def test_each_protocol_is_its_authors(row):
     numbers = [getattr(protocol, number) for number in NUMBERS.split()]
     numbers.append(sum(map(len, protocol.classes)))
     assert numbers == [None if number == "-" else float(number) for number in published]
-    assert protocol.scoring == ("regions" if name == "segclip" else "cosines")
+    assert protocol.scoring == ("regions" if name in ("segclip", "groupvit") else "cosines")
     if (name, dataset) == ("clearclip", "pascal_voc"):
         words = [word for [word] in protocol.classes]
         assert words[0] == "background"
@@ -369,6 +382,9 @@ KINDS = {
     "segclip": SegCLIP,
     "clip": lambda config: DenseCLIP(CLIP(config)),
     "pacl": lambda config: PACL(CLIP(config)),
+    "groupvit": lambda config: GroupViT(
+        dataclasses.replace(config, stages=1, group_tokens=5, projector_width=16)
+    ),
 }
 
 
