@@ -18,7 +18,7 @@ import urllib.error
 import urllib.request
 import zipfile
 import zlib
-from collections import Counter
+from collections import Counter, defaultdict
 from http.client import HTTPException
 from pathlib import Path
 
@@ -27,7 +27,7 @@ import regex
 import torch
 from filelock import FileLock
 
-from model import CLIP, DINO, PACL, Config, DenseCLIP, InputError, SegCLIP
+from model import CLIP, DINO, PACL, Config, DenseCLIP, GroupViT, InputError, SegCLIP
 
 # --------------------------------------------------------------------------------------------------
 # Byte-level BPE
@@ -380,6 +380,30 @@ def read_safetensors(path):
     return weights
 
 
+class Ignored:
+    """In place of the settings in NVlabs' checkpoints, which are objects of OmegaConf."""
+
+
+OMEGACONF = (
+    "omegaconf.base.ContainerMetadata",
+    "omegaconf.base.Metadata",
+    "omegaconf.dictconfig.DictConfig",
+    "omegaconf.listconfig.ListConfig",
+    "omegaconf.nodes.AnyNode",
+    "typing.Any",
+)
+
+
+@functools.cache
+def allow_omegaconf():
+    """Lets torch.load read objects of these names, as empty ones of a class without methods."""
+    classes = [int, list, dict, defaultdict]  # what they are made of
+    for path in OMEGACONF:
+        module, name = path.rsplit(".", 1)
+        classes.append(type(name, (Ignored,), {"__module__": module}))
+    torch.serialization.add_safe_globals(classes)
+
+
 class Module:
     """Any class of a TorchScript archive: attributes, no methods."""
 
@@ -430,6 +454,7 @@ def read_zip(path):
             raise ValueError("packed, as weights never are")
         if any(name.endswith("/constants.pkl") for name in archive.namelist()):
             return TorchScriptReader(archive).state_dict()
+    allow_omegaconf()
     # Mapped, so that tensors that are not used (an optimiser's) cost nothing.
     return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
@@ -455,6 +480,7 @@ def read_weights(path):
         elif zipfile.is_zipfile(path):
             weights = read_zip(path)
         else:
+            allow_omegaconf()
             weights = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damage can raise anything
         reason = " ".join(str(error).split())
@@ -569,7 +595,55 @@ DINO_NAMES = {
     "norm.": "ln_post.",
     "blocks.": "transformer.resblocks.",
 }
+GROUPVIT_NAMES = {  # of NVlabs' checkpoints, and of transformers'
+    "logit_scale": "clip.logit_scale",
+    "multi_label_clip.": "multi_label_",
+    "text_model.encoder.layers.": "clip.transformer.resblocks.",
+    "text_model.embeddings.position_embedding.weight": "clip.positional_embedding",
+    "text_model.embeddings.": "clip.",
+    "text_model.final_layer_norm.": "clip.ln_final.",
+    "text_encoder.": "clip.",
+    "vision_model.embeddings.position_embeddings": "clip.visual.positional_embedding",
+    "vision_model.embeddings.patch_embeddings.projection.": "clip.visual.conv1.",
+    "vision_model.embeddings.layernorm.": "clip.visual.ln_pre.",
+    "vision_model.encoder.": "clip.visual.",
+    "vision_model.layernorm.": "clip.visual.ln_post.",
+    "img_encoder.pos_embed": "clip.visual.positional_embedding",
+    "img_encoder.patch_embed.proj.": "clip.visual.conv1.",
+    "img_encoder.patch_embed.norm.": "clip.visual.ln_pre.",
+    "img_encoder.norm.": "clip.visual.ln_post.",
+    "img_encoder.layers.": "clip.visual.stages.",
+    ".layers.": ".blocks.",
+    ".self_attn.": ".attn.",
+    ".layer_norm": ".ln_",
+    "img_projector.": "visual_projection.",
+    "text_projector.": "text_projection.",
+    "_projection.linear_hidden.": "_projection.",
+    "_projection.linear_out.": "_projection.3.",
+    "visual_projection.": "clip.visual.proj.",
+    "text_projection.": "clip.text_projection.",
+    ".group_token": ".group_tokens",
+    ".group_projector.": ".carry.",
+    ".downsample.norm_tokens.": ".grouping.ln_tokens.",
+    ".downsample.norm_x.": ".grouping.ln_x.",
+    ".downsample.mlp_inter.": ".grouping.mixer.",
+    ".downsample.norm_post_tokens.": ".grouping.ln_mixed.",
+    ".downsample.pre_assign_attn.norm_post.": ".grouping.ln_queries.",
+    ".downsample.pre_assign_attn.": ".grouping.",
+    ".downsample.assign.q_proj.": ".grouping.to_queries.",
+    ".downsample.assign.k_proj.": ".grouping.to_keys.",
+    ".downsample.assign.v_proj.": ".grouping.to_values.",
+    ".downsample.assign.proj.": ".grouping.out_proj.",
+    ".downsample.norm_new_x.": ".grouping.ln_out.",
+    ".downsample.mlp_channels.": ".grouping.mlp_out.",
+    **TIMM_NAMES,
+    ".fc1.": ".c_fc.",
+    ".fc2.": ".c_proj.",
+}
 SIGNS = {  # part of a name: the first that occurs tells the model
+    "visual.stages.": "GroupViT",
+    "img_encoder.": "GroupViT",
+    "vision_model.encoder.stages.": "GroupViT",
     "semantic_layer2.": "SegCLIP",
     "group.": "SegCLIP",
     "embedder.": "PACL",
@@ -628,6 +702,20 @@ def from_transformers(state):
     return {name: x for name, x in state.items() if not name.endswith("position_ids")}  # fixed
 
 
+def from_groupvit(state):
+    """NVlabs' or transformers' state dict -> the same with our names."""
+    state = join_qkv(rename(state, GROUPVIT_NAMES))
+    state.pop("clip.position_ids", None)  # of older files of transformers; fixed
+    last = count_layers(state, "clip.visual.stages.") - 1
+    state = rename(state, {f"visual.stages.{last}.blocks.": "visual.transformer.resblocks."})
+    for name, tensor in state.items():
+        if "proj" in name and tensor.dim() == 3:
+            state[name] = tensor[..., 0]  # a convolution of size 1
+        elif name.endswith((".group_tokens", "visual.positional_embedding")):
+            state[name] = tensor.squeeze(0)
+    return state
+
+
 def kind_of(state):
     """The model whose parameters have such names: one of SIGNS, or None."""
     return next((kind for sign, kind in SIGNS.items() if any(sign in x for x in state)), None)
@@ -652,7 +740,7 @@ def config_from_shapes(kind, state, source, **known):
     state = state | part(state, "clip.")
     try:
         width, _, patch_size, _ = state[f"{visual}conv1.weight"].shape
-        side = math.isqrt(state[f"{visual}positional_embedding"].shape[0] - 1)
+        side = math.isqrt(state[f"{visual}positional_embedding"].shape[0])  # with a class token's
         layers = count_layers(state, f"{visual}transformer.resblocks.")
         sizes = {
             "image_size": side * patch_size,
@@ -662,12 +750,28 @@ def config_from_shapes(kind, state, source, **known):
             "first_stage_layers": known.get("first_stage_layers", layers),
         }
         if kind != "DINO":
+            projection = "text_projection.3.bias" if kind == "GroupViT" else "text_projection"
             sizes |= {
-                "embed_dim": state["text_projection"].shape[1],
+                "embed_dim": state[projection].shape[-1],
                 "context_length": state["positional_embedding"].shape[0],
                 "vocab_size": state["token_embedding.weight"].shape[0],
                 "text_width": state["ln_final.weight"].shape[0],
                 "text_layers": count_layers(state, "transformer.resblocks."),
+            }
+        if kind == "GroupViT":
+            tokens = state["visual.stages.0.group_tokens"]
+            stages = count_layers(state, "visual.stages.")
+            depths = [count_layers(state, f"visual.stages.{s}.blocks.") for s in range(stages)]
+            if {*depths[1:], layers} != {layers}:
+                raise ValueError(f"blocks in its stages: {[*depths, layers]}")
+            groups = state[f"visual.stages.{stages - 1}.grouping.mixer.c_proj.bias"]
+            sizes |= {
+                "vision_layers": sum(depths) + layers,
+                "first_stage_layers": depths[0],
+                "stages": stages,
+                "group_tokens": tokens.shape[0],
+                "num_centers": groups.shape[0],
+                "projector_width": state["visual.proj.0.bias"].shape[0],
             }
         if kind == "SegCLIP":
             sizes |= {
@@ -680,7 +784,8 @@ def config_from_shapes(kind, state, source, **known):
         if max(n for name, n in vars(config).items() if name.endswith("layers")) > 200:
             raise ValueError("more than 200 blocks")
         with torch.device("meta"):  # where nothing is allocated
-            model = {"SegCLIP": SegCLIP, "DINO": DINO}.get(kind, CLIP)(config)
+            models = {"SegCLIP": SegCLIP, "GroupViT": GroupViT, "DINO": DINO}
+            model = models.get(kind, CLIP)(config)
         if sum(x.numel() for x in model.parameters()) > 2 * held:
             raise ValueError(f"too few parameters, {held}")
         return config
@@ -714,6 +819,8 @@ def read_model(source, activation=None):
     """
     path = Path(fetch(source) if source in MODELS else source)
     state = read_weights(path)
+    if isinstance(state.get("config"), Ignored):
+        del state["config"]
     known = {"activation": activation} if activation else {}
     if {"config", "model"} <= state.keys():
         types = {field.name: type(field.default) for field in dataclasses.fields(Config)}
@@ -726,8 +833,9 @@ def read_model(source, activation=None):
         if activation not in (None, config.activation):
             raise InputError(f"{source}: was trained with --activation {config.activation}")
         state = state["model"]
-    else:  # from DINO's or open_clip's training
-        state = next((state[key] for key in ("teacher", "state_dict") if key in state), state)
+    else:  # from the training of DINO, open_clip or GroupViT
+        keys = ("teacher", "state_dict", "model")
+        state = next((state[key] for key in keys if key in state), state)
     check_tensors(state, source, path.stat().st_size)
     state = {name.removeprefix("module."): x for name, x in state.items()}
     if any(name.startswith("vision_model.encoder.layers.") for name in state):
@@ -779,19 +887,21 @@ def clip_from_state(state, source, **known):
 
 
 def load_model(name_or_path, readout="clip", activation=None, dino=None):
-    """Any file -> SegCLIP, PACL, or for a CLIP a DenseCLIP with this readout. Raises InputError.
+    """Any file -> SegCLIP, PACL, GroupViT, or for a CLIP a DenseCLIP with this readout.
 
-    dino: the file of a DINO, for the readout "proxyclip".
+    dino: the file of a DINO, for the readout "proxyclip". Raises InputError.
     """
     state, known = read_model(name_or_path, activation)
     kind = kind_of(state)
-    if kind not in ("SegCLIP", "PACL"):
+    if kind not in ("SegCLIP", "PACL", "GroupViT"):
         clip = clip_from_state(state, name_or_path, **known)
         return DenseCLIP(clip, readout, load_dino(dino) if dino else None)
     if readout != "clip" or dino:
         raise InputError(f"{name_or_path}: --readout and --dino are for a CLIP; this is a {kind}")
     if kind == "SegCLIP":
         return segclip_from_state(state, name_or_path, known)
+    if kind == "GroupViT":
+        return groupvit_from_state(state, name_or_path, known)
     config = config_from_shapes("PACL", state, name_or_path, **known)
     dino = part(state, "dino.")
     dino = DINO(config_from_shapes("DINO", dino, name_or_path)) if dino else None
@@ -828,6 +938,19 @@ def segclip_from_state(state, source, known, sizes=()):
     known |= {name: sizes[name] for name in ("gumbel_tau", "mask_ratio") if name in sizes}
     config = config_from_shapes("SegCLIP", state, source, **known)
     return load_strictly(SegCLIP(config), state, source, new)
+
+
+def groupvit_from_state(state, source, known):
+    new = ()
+    if "first_stage_layers" not in known:  # not ours
+        try:
+            state = from_groupvit(state)
+        except (RuntimeError, IndexError) as error:
+            raise InputError(f"{source}: not the architecture of a GroupViT ({error})") from None
+        known["gumbel_tau"] = 1.0
+        new = ("multi_label_logit_scale",)  # of training only; transformers' files lack it
+    config = config_from_shapes("GroupViT", state, source, **known)
+    return load_strictly(GroupViT(config), state, source, new)
 
 
 def load_dino(path):

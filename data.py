@@ -525,7 +525,8 @@ class Batches:
 class TrainingPairs(Dataset):
     """pairs[position, index] is pair `index`, as it is seen at this position of training.
 
-    -> image uint8 [S, S, 3], super-patches int [N], token ids [T], list of SampleErrors.
+    -> image uint8 [S, S, 3], super-patches int [N], token ids [T], with prompts [1 + K, T], list of
+    SampleErrors.
     """
 
     source: Dataset  # source[index] is a Sample, or raises SampleError
@@ -537,6 +538,7 @@ class TrainingPairs(Dataset):
     rule: str | None = "floor"  # of patch_labels; None: no superpixels are needed
     nouns: tuple = ()
     templates: tuple = ()
+    prompts: int = 0  # GroupViT's, beside the caption
 
     def __post_init__(self):
         longest = self.config.context_length
@@ -552,9 +554,9 @@ class TrainingPairs(Dataset):
         size = self.config.image_size
         image, segments = random_resized_crop(sample.image, segments, size, rng, self.crop_scale)
         superpatch = patch_labels(segments, self.config.patch_size, self.rule or "floor")
-        text = self.choose_text(sample.caption, rng)
-        text = self.tokenizer(text, self.text_length or self.config.context_length)
-        return image, superpatch, text[0].numpy(), errors
+        texts = self.choose_texts(sample.caption, rng)
+        text = self.tokenizer(texts, self.text_length or self.config.context_length)
+        return image, superpatch, text.squeeze(0).numpy(), errors
 
     def find_sample(self, position, index):
         """The Sample at `index`; if it cannot be used, a random one. InputError after 1,000."""
@@ -577,13 +579,21 @@ class TrainingPairs(Dataset):
             return sample.segments
         return superpixels(sample.image, self.config.image_size, self.config.patch_size)
 
-    def choose_text(self, caption, rng):
-        """The caption, or one of its nouns in one of the templates, all equally often (PACL)."""
+    def choose_texts(self, caption, rng):
+        """The caption, or one of its nouns in one of the templates, all equally often (PACL).
+
+        With prompts, the caption and K of its nouns, each in any template; for a noun that is
+        missing, the caption (GroupViT).
+        """
         if not self.nouns:
-            return caption
+            return [caption]
         found = dict.fromkeys(self.noun_pattern.findall(caption.lower()))  # each once, in order
+        if self.prompts:
+            nouns = rng.permutation(list(found))[: self.prompts]
+            texts = [self.templates[rng.randint(len(self.templates))].format(x) for x in nouns]
+            return [caption, *texts, *[caption] * (self.prompts - len(texts))]
         texts = [caption, *(template.format(noun) for noun in found for template in self.templates)]
-        return texts[rng.randint(len(texts))]
+        return [texts[rng.randint(len(texts))]]
 
     @functools.cached_property
     def noun_pattern(self):
@@ -1075,8 +1085,9 @@ class SegmentationFolder(LabelledImages):
             raise InputError(f"{root}: no image to label")
         self.paths = [images / f"{name}{end}" for name in self.names]
         first = self.names[0]
-        maps = [Path(root, folder, f"{first}{suffix}") for folder, suffix, _ in benchmark.labels]
-        folder, suffix, self.table = benchmark.labels[maps.index(find(*maps))]
+        maps = [Path(folder, f"{first}{suffix}") for folder, suffix, _ in benchmark.labels]
+        found = find(*maps).relative_to(root)
+        folder, suffix, self.table = benchmark.labels[maps.index(found)]
         self.labels = [Path(root, folder, f"{name}{suffix}") for name in self.names]
 
 

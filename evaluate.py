@@ -235,6 +235,11 @@ PROTOCOLS = {
         "ade20k": {"short_side": 448},
         "cityscapes": {"short_side": 448, "window": 224},
     },
+    "groupvit": {
+        "": SEGCLIP
+        | {"short_side": 448, "window": 448, "stride": 224, "background_threshold": 0.95},
+        "pascal_context": {"background_threshold": 0.35},
+    },
     # Zero-shot classification of whole images, with OpenAI's seven templates.
     "classify": {"": SEGCLIP | {"scoring": "cosines", "templates": 7, "top_k": None}},
 }
@@ -1084,7 +1089,12 @@ def run_program(main, if_interrupted):
 
 SCENES = {"synthetic": "val", "synthetic-unseen": "unseen"}  # their split
 DATASETS = [*SCENES, *sorted(BENCHMARKS)]
-RUNS = {"segclip": "runs/synthetic", "clip": "runs/clip", "pacl": "runs/pacl"}  # of train.py
+RUNS = {  # of train.py
+    "segclip": "runs/synthetic",
+    "clip": "runs/clip",
+    "pacl": "runs/pacl",
+    "groupvit": "runs/groupvit",
+}
 DEFAULT_CHECKPOINT = f"{RUNS['segclip']}/checkpoint.pt"
 # Fields of Protocol that are flags, too.
 PROTOCOL_FLAGS = (
@@ -1120,7 +1130,7 @@ def add_arguments(parser):
     add("--limit", type=number(int, 1), metavar="N", help="only the first N images [all]")
     add = parser.add_argument_group("the model").add_argument
     add("--checkpoint", "--model", metavar="FILE",
-        help="a checkpoint of train.py, the authors' segclip.bin, or a CLIP: a file, or ViT-B/16 "
+        help="of train.py, the authors' segclip.bin, a GroupViT or a CLIP: a file, or ViT-B/16 "
         f"[{DEFAULT_CHECKPOINT}; own images with words that it does not know: ViT-B/16]")
     add("--readout", choices=READOUTS, default="clip",
         help="how a CLIP's last block makes patch tokens; see read_out in model.py [%(default)s]")
@@ -1146,11 +1156,11 @@ def add_arguments(parser):
     add("--stride-trick", type=number(int, 1), metavar="PIXELS",
         help="from one patch to the next: less than the patch size for finer maps [patch size]")
     add("--refine", choices=("pamr",), help="align borders with color edges by PAMR [no]")
-    add("--top-k", type=number(int, 1), metavar="K", help="segclip: most classes per window [5]")
+    add("--top-k", type=number(int, 1), metavar="K", help="by regions: most classes per window [5]")
     add("--logit-scale", type=number(float, 0), metavar="S",
-        help="inverse temperature of the softmax over words; segclip has the model's")
+        help="inverse temperature of the softmax over words; by regions it is the model's")
     add("--area-threshold", type=number(float, 0, 1), metavar="SHARE",
-        help="leave out classes with less of the foreground; not segclip [sclip on VOC: 0.1]")
+        help="leave out classes with less of the foreground; by cosines [sclip on VOC: 0.1]")
     add("--background", type=number(float, 0, 1), nargs="?", const=-1.0, metavar="T",
         help="own images: add a background class, where no word scores T; data sets: change T")
     add("--background-entropy", type=number(float, 0), metavar="T",

@@ -1,4 +1,4 @@
-"""The losses of SegCLIP and PACL. Equation numbers are those of the SegCLIP paper."""
+"""The losses of SegCLIP, PACL and GroupViT. Equation numbers are those of the SegCLIP paper."""
 
 import math
 
@@ -54,6 +54,26 @@ def symmetric_cross_entropy(image_to_text, text_to_image, first):
     i2t = F.cross_entropy(image_to_text, target)  # the sum in Eq. 9, which the paper calls t2i
     t2i = F.cross_entropy(text_to_image, target)  # Eq. 10, likewise
     return (i2t + t2i) / 2  # Eq. 8
+
+
+def multi_label_loss(image_features, prompt_features, logit_scale):
+    """GroupViT's loss over prompts made of a caption's words, with negatives from all ranks.
+
+    image_features: [b, E], prompt_features: [b, K, E] of this rank, not normalised. Symmetric soft
+    cross-entropy: the target of an image is 1/K on each of its prompts, that of a prompt its image.
+    logit_scale: as in contrastive_loss, but learned for this loss alone.
+    """
+    z_p = F.normalize(image_features.float(), dim=-1)
+    z_w = F.normalize(prompt_features.float(), dim=-1)
+    all_p, first = gather_rows(z_p)
+    all_w, _ = gather_rows(z_w)  # [B, K, E]
+    K = z_w.shape[1]
+    scale = logit_scale.exp().clamp(max=100)
+    target = torch.arange(first, first + len(z_p), device=z_p.device)
+    log_p = (scale * z_p @ all_w.flatten(0, 1).T).log_softmax(dim=-1)  # [b, B * K]
+    i2t = F.nll_loss(log_p.unflatten(1, (-1, K)).mean(dim=-1), target)
+    t2i = F.cross_entropy(scale * z_w.flatten(0, 1) @ all_p.T, target.repeat_interleave(K))
+    return (i2t + t2i) / 2
 
 
 def compatibility(patches, text, scale):
@@ -164,7 +184,8 @@ def total_loss(
 ):
     """L_con + L_rec + L_sup (Eq. 7) -> total, {name: loss before its weight}.
 
-    outputs: of a model's forward. con: the contrastive loss, if the rows are only part of a batch.
+    outputs: of a model's forward; those of GroupViT with prompts have another loss, L_label.
+    con: the contrastive loss, if the rows are only part of a batch.
     """
     if "patches" in outputs:
         con = pacl_loss(**outputs)
@@ -174,6 +195,13 @@ def total_loss(
         )
     parts = {"con": con}
     total = con
+    if "prompt_features" in outputs:
+        parts["label"] = multi_label_loss(
+            outputs["image_features"],
+            outputs["prompt_features"],
+            outputs["multi_label_logit_scale"],
+        )
+        total = total + parts["label"]
     if "pixels" in outputs:
         parts["rec"] = reconstruction_loss(outputs["pixels"], image, outputs["mask"])
         total = total + reconstruction_weight * parts["rec"]

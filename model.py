@@ -1,7 +1,8 @@
 """Every nn.Module of the project: CLIP, and the models that label its patches.
 
 SegCLIP (Luo et al., ICML 2023) inserts a SemanticGroup between two blocks of CLIP's image encoder.
-PACL (Mukhoti et al., CVPR 2023) aligns the patches of CLIP, or of DINO, with words. Equation
+PACL (Mukhoti et al., CVPR 2023) aligns the patches of CLIP, or of DINO, with words. GroupViT (Xu et
+al., CVPR 2022), the baseline of both, learns to group patches from captions alone. Equation
 numbers and symbols are those of the SegCLIP paper: B batch, N patches, L centers, D width,
 E embedding, P patch size, T text tokens, V visible patches; H_p patch tokens before the group
 module, H_c centers, M mapping matrix, Z_p region tokens after the last block.
@@ -10,12 +11,14 @@ module, H_c centers, M mapping matrix, Z_p region tokens after the last block.
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from losses import gather_rows
 
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training images
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -50,6 +53,10 @@ class Config:
     decoder_layers: int = 3  # blocks of the MAE decoder
     # What PACL adds:
     patch_scale: float = 10.0  # inverse temperature of the softmax over the patches
+    # What GroupViT adds:
+    stages: int = 2  # how often tokens are grouped, 1 or 2; first_stage_layers come before
+    group_tokens: int = 64  # in the first stage; with two stages also the groups that it makes
+    projector_width: int = 4096  # of the MLPs into the shared space
 
     def __post_init__(self):
         may_be_zero = (
@@ -73,6 +80,8 @@ class Config:
             raise InputError(f"image_size {size} is not a multiple of patch_size {self.patch_size}")
         if self.first_stage_layers > self.vision_layers:
             raise InputError(f"first_stage_layers is more than {self.vision_layers} vision_layers")
+        if self.stages > 2:
+            raise InputError(f"stages is {self.stages}; there are 1 and 2")
         if self.mask_ratio >= 1:
             raise InputError(f"mask_ratio is {self.mask_ratio}; it must be less than 1")
 
@@ -119,11 +128,12 @@ class Attention(nn.Module):
 class MLP(nn.Sequential):
     """Two linear layers with an activation between them; OpenAI's parameter names."""
 
-    def __init__(self, width, activation=QuickGELU):
+    def __init__(self, width, activation=QuickGELU, hidden=None, out=None):
         super().__init__()
-        self.c_fc = nn.Linear(width, 4 * width)
+        hidden = hidden or 4 * width
+        self.c_fc = nn.Linear(width, hidden)
         self.gelu = activation()
-        self.c_proj = nn.Linear(4 * width, width)
+        self.c_proj = nn.Linear(hidden, out or width)
 
 
 class Block(nn.Module):
@@ -179,23 +189,26 @@ class VisionTransformer(nn.Module):
 
     def patch_positions(self, rows, columns):
         """The learned positions, interpolated to rows x columns: -> [rows * columns, D]."""
-        grid = self.positional_embedding[1:]
-        side = math.isqrt(len(grid))
+        side = math.isqrt(len(self.positional_embedding))
+        grid = self.positional_embedding[-(side**2) :]  # without that of a class token
         if (rows, columns) == (side, side):
             return grid
         grid = grid.float().unflatten(0, (side, side)).permute(2, 0, 1)  # [N, D] -> [D, side, side]
         grid = F.interpolate(grid[None], (rows, columns), mode="bicubic", align_corners=False)
         return grid[0].flatten(1).T  # [D, rows, columns] -> [N, D]
 
-    def embed_patches(self, image):
-        """[B, 3, H, W] -> [B, N, D], before ln_pre. InputError if P does not divide H and W."""
+    def cut_patches(self, image):
+        """[B, 3, H, W] -> [B, N, D], without positions. InputError if P does not divide H and W."""
         P = self.patch_size
         H, W = image.shape[-2:]
         if H % P or W % P:
             raise InputError(f"image sides must be multiples of the patch size {P}, not {H}x{W}")
         x = F.conv2d(image, self.conv1.weight, self.conv1.bias, self.stride)
-        x = x.flatten(2).transpose(1, 2)  # [B, D, rows, columns] -> [B, N, D]
-        return x + self.patch_positions(*self.grid(H, W))
+        return x.flatten(2).transpose(1, 2)  # [B, D, rows, columns] -> [B, N, D]
+
+    def embed_patches(self, image):
+        """[B, 3, H, W] -> [B, N, D], before ln_pre."""
+        return self.cut_patches(image) + self.patch_positions(*self.grid(*image.shape[-2:]))
 
     def embed(self, image):
         """[B, 3, H, W] -> [B, 1 + N, D]: class token and patches, before the first block."""
@@ -258,12 +271,16 @@ class CLIP(nn.Module):
         return trained[:, 0], dense
 
     def encode_text(self, text):
-        """[B, T] token ids -> [B, E], from the end token, which attends to all before it."""
+        """[B, T] token ids -> [B, E]."""
+        return self.text_tokens(text) @ self.text_projection
+
+    def text_tokens(self, text):
+        """[B, T] token ids -> [B, D]: the end token, which attends to all before it."""
         x = self.token_embedding(text) + self.positional_embedding[: text.shape[1]]  # [B, T, D]
         x = self.transformer(x, causal=True)
         end = text.argmax(dim=-1)  # the end token has the largest id
         x = x[torch.arange(len(x), device=x.device), end]  # [B, T, D] -> [B, D]
-        return self.ln_final(x) @ self.text_projection
+        return self.ln_final(x)
 
     def forward(self, image, text):
         """-> logits per image [B, B'] and per text [B', B]: cosines times the learned scale."""
@@ -493,6 +510,23 @@ def assign_patches(scores, tau, gumbel_noise=None):
     return hard + (soft - soft.detach())  # the brackets keep the rows exactly one-hot
 
 
+def exact_grouping(model):
+    """A context for grouping: float32 at inference.
+
+    There an argmax decides, and bf16 would change the label of one pixel in eighty. In training the
+    Gumbel noise is far larger than the rounding.
+    """
+    device = next(model.parameters()).device
+    return nullcontext() if model.training else torch.autocast(device.type, enabled=False)
+
+
+def training_noise(scores, gumbel_noise, training):
+    """The noise of an assignment: none at inference; in training None draws it."""
+    if training and gumbel_noise is None:
+        return draw_gumbel(*scores.shape, device=scores.device)
+    return gumbel_noise if training else None
+
+
 class SemanticGroup(nn.Module):
     """Groups patches [B, N, D] around L learned centers into regions [B, L, D] (Section 2.2)."""
 
@@ -526,10 +560,7 @@ class SemanticGroup(nn.Module):
         keys = self.ln_keys(self.to_keys(h).transpose(1, 2))  # [B, N, D]
         values = self.to_values(h).transpose(1, 2)  # [B, N, D]
         scores = (keys @ centers.transpose(1, 2)).float()  # [B, N, L]; no 1/sqrt(D), as in Eq. 2
-        if not self.training:
-            gumbel_noise = None
-        elif gumbel_noise is None:
-            gumbel_noise = draw_gumbel(*scores.shape, device=scores.device)
+        gumbel_noise = training_noise(scores, gumbel_noise, self.training)
         M = assign_patches(scores, self.tau, gumbel_noise)  # Eq. 2
 
         count = M.sum(dim=1).clamp(min=1)  # [B, L]; a center without patches gets a mean of zero
@@ -647,9 +678,7 @@ class SegCLIP(OnCLIP):
     def encode_image(self, image, gumbel_noise=None):
         """[B, 3, H, W], gumbel_noise [B, N, L] -> ImageEncoding."""
         patches = self.patch_tokens(image)  # H_p [B, N, D]
-        # At inference an argmax decides, and bf16 would change the label of one pixel in eighty.
-        # In training the Gumbel noise is far larger than the rounding.
-        with nullcontext() if self.training else torch.autocast(image.device.type, enabled=False):
+        with exact_grouping(self):
             regions, hard, soft = self.group(patches, gumbel_noise)  # [B, L, D]
         regions = self.third_stage(regions)  # Z_p [B, L, D]
         features = self.visual.project(max_over_regions(regions))
@@ -710,6 +739,20 @@ class SegCLIP(OnCLIP):
 # PACL
 
 
+class ToImageNet(nn.Module):
+    """From CLIP's normalisation of images to ImageNet's."""
+
+    def __init__(self):
+        super().__init__()
+        clip_mean, clip_std = torch.tensor([IMAGE_MEAN, IMAGE_STD]).view(2, 3, 1, 1)
+        mean, std = torch.tensor([(0.485, 0.456, 0.406), (0.229, 0.224, 0.225)]).view(2, 3, 1, 1)
+        self.register_buffer("scale", clip_std / std, persistent=False)
+        self.register_buffer("shift", (clip_mean - mean) / std, persistent=False)
+
+    def forward(self, image):
+        return image * self.scale + self.shift
+
+
 class DINO(VisionTransformer):
     """DINO's image encoder (Caron et al., ICCV 2021): CLIP's, but for what is replaced here.
 
@@ -727,15 +770,11 @@ class DINO(VisionTransformer):
                 module.eps = 1e-6
             elif isinstance(module, MLP):
                 module.gelu = nn.GELU()
-        # From CLIP's normalisation of images to ImageNet's:
-        clip_mean, clip_std = torch.tensor([IMAGE_MEAN, IMAGE_STD]).view(2, 3, 1, 1)
-        mean, std = torch.tensor([(0.485, 0.456, 0.406), (0.229, 0.224, 0.225)]).view(2, 3, 1, 1)
-        self.register_buffer("scale", clip_std / std, persistent=False)
-        self.register_buffer("shift", (clip_mean - mean) / std, persistent=False)
+        self.to_imagenet = ToImageNet()
 
     def forward(self, image):
         """[B, 3, H, W], normalised for CLIP -> [B, 1 + N, D], after the last norm."""
-        return self.ln_post(super().forward(image * self.scale + self.shift))
+        return self.ln_post(super().forward(self.to_imagenet(image)))
 
 
 class PatchEmbedder(nn.Module):
@@ -789,3 +828,216 @@ class PACL(OnCLIP):
             "logit_scale": self.clip.logit_scale,
             "patch_scale": self.config.patch_scale,
         }
+
+
+# --------------------------------------------------------------------------------------------------
+# GroupViT
+
+
+class TokenMixer(MLP):
+    """An MLP over the tokens, not the channels: [B, G, D] -> [B, O, D]."""
+
+    def forward(self, x):
+        return super().forward(x.transpose(1, 2)).transpose(1, 2)
+
+
+class GroupingBlock(nn.Module):
+    """Groups tokens [B, N, D] by queries, which group tokens [B, G, D] make, into [B, O, D].
+
+    The assignment is SegCLIP's (SemanticGroup), which comes from here. The cross-attention is not:
+    its memory is the tokens alone, and a norm follows it and does not precede it. Nor is the mean:
+    the sum is divided by the number of tokens plus 1.
+    """
+
+    def __init__(self, config, group_tokens, groups):
+        super().__init__()
+        width = config.vision_width
+        self.tau = config.gumbel_tau
+        self.ln_x = nn.LayerNorm(width)
+        self.ln_tokens = nn.LayerNorm(width)
+        self.mixer = TokenMixer(group_tokens, nn.GELU, width // 2, groups)
+        self.ln_mixed = nn.LayerNorm(width)
+        self.attn = Attention(width, width // 64)
+        self.ln_2 = nn.LayerNorm(width)
+        self.mlp = MLP(width, nn.GELU)
+        self.ln_queries = nn.LayerNorm(width)
+        self.to_queries = nn.Linear(width, width)
+        self.to_keys = nn.Linear(width, width)
+        self.to_values = nn.Linear(width, width)
+        self.out_proj = nn.Linear(width, width)
+        self.ln_out = nn.LayerNorm(width)
+        self.mlp_out = MLP(width, nn.GELU)
+
+    def forward(self, x, group_tokens, gumbel_noise=None):
+        """-> groups [B, O, D], M [B, N, O], soft [B, N, O]. In training, None draws the noise."""
+        x = self.ln_x(x)
+        queries = self.ln_mixed(self.mixer(self.ln_tokens(group_tokens)))  # [B, G, D] -> [B, O, D]
+        queries = queries + self.attn(queries, x)
+        queries = self.ln_queries(queries + self.mlp(self.ln_2(queries)))
+
+        scores = self.to_keys(x) @ self.to_queries(queries).transpose(1, 2)
+        scores = scores.float() * x.shape[-1] ** -0.5  # [B, N, O]
+        M = assign_patches(scores, self.tau, training_noise(scores, gumbel_noise, self.training))
+        # Without the 1 a group with almost no tokens would have huge gradients: those of the soft
+        # assignment, divided by the hard one.
+        mean = M.transpose(1, 2) @ self.to_values(x) / (M.sum(dim=1) + 1)[..., None]  # [B, O, D]
+        groups = queries + self.out_proj(mean)
+        return groups + self.mlp_out(self.ln_out(groups)), M, scores.softmax(dim=-1)
+
+
+class GroupingStage(nn.Module):
+    """Blocks over tokens and learned group tokens, then a GroupingBlock (Section 3.1)."""
+
+    def __init__(self, config, layers, group_tokens, groups, tokens_before=None):
+        super().__init__()
+        width = config.vision_width
+        std = 0.0 if tokens_before else config.center_std
+        self.group_tokens = nn.Parameter(std * torch.randn(group_tokens, width))
+        if tokens_before:
+            mixer = TokenMixer(tokens_before, nn.GELU, width // 2, group_tokens)
+            self.carry = nn.Sequential(nn.LayerNorm(width), mixer)
+        blocks = [Block(width, width // 64, nn.GELU) for _ in range(layers)]
+        self.blocks = nn.Sequential(*blocks)
+        self.grouping = GroupingBlock(config, group_tokens, groups)
+
+    def forward(self, x, tokens_before=None):
+        """The blocks: x [B, N, D], group tokens of the stage before -> x, group tokens [B, G, D]"""
+        tokens = self.group_tokens.expand(len(x), -1, -1)  # [G, D] -> [B, G, D]
+        if tokens_before is not None:
+            tokens = tokens + self.carry(tokens_before)
+        sizes = x.shape[1], tokens.shape[1]
+        return self.blocks(torch.cat([x, tokens], dim=1)).split(sizes, dim=1)
+
+
+class BatchNorm(nn.BatchNorm1d):
+    """Of rows [b, D]; in training with the statistics of the rows of all processes.
+
+    nn.SyncBatchNorm, which the authors use, sends less, but works on GPUs only.
+    """
+
+    @torch.compiler.disable  # it cannot compile what sends
+    def forward(self, x):
+        rows, first = gather_rows(x.float()) if self.training else (x, 0)
+        return super().forward(rows)[first : first + len(x)]
+
+
+class Projector(nn.Sequential):
+    """[..., D] -> [..., E], the space that images and texts share."""
+
+    def __init__(self, width, config):
+        hidden = config.projector_width
+        layers = (nn.Linear(width, hidden), BatchNorm(hidden), nn.ReLU())
+        super().__init__(*layers, nn.Linear(hidden, config.embed_dim))
+
+    def forward(self, x):
+        return super().forward(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
+
+
+class GroupingTransformer(VisionTransformer):
+    """GroupViT's image encoder: CLIP's, but for what is replaced here."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        width = config.vision_width
+        num_patches = (config.image_size // config.patch_size) ** 2
+        self.to_imagenet = ToImageNet()
+        self.conv1 = nn.Conv2d(3, width, config.patch_size, config.patch_size)
+        self.class_embedding = None
+        self.positional_embedding = nn.Parameter(0.02 * torch.randn(num_patches, width))
+        first = config.first_stage_layers
+        others = config.vision_layers - first
+        if others % config.stages:
+            raise InputError(f"{others} blocks after the first stage, for {config.stages} stages")
+        layers = others // config.stages
+        self.stages = nn.ModuleList()
+        before = None
+        for depth, (tokens, groups) in zip((first, layers), stage_sizes(config)):
+            self.stages.append(GroupingStage(config, depth, tokens, groups, before))
+            before = tokens
+        self.transformer = Transformer(width, layers, "gelu")  # over the segments
+        self.apply(partial(init_weights, linear_std=config.linear_std))
+        del self.proj  # a parameter, and here a module
+        self.proj = Projector(width, config)
+
+    def embed_patches(self, image):
+        """[B, 3, H, W], normalised for CLIP -> [B, N, D]. The norm precedes the positions."""
+        patches = self.ln_pre(self.cut_patches(self.to_imagenet(image)))
+        return patches + self.patch_positions(*self.grid(*image.shape[-2:]))
+
+    def forward(self, image, gumbel_noise=(None, None)):
+        """[B, 3, H, W], the noise of each stage -> segments [B, L, D], M and soft [B, N, L]."""
+        x = self.embed_patches(image)
+        tokens = None
+        hard = []
+        soft = []
+        for stage, noise in zip(self.stages, gumbel_noise):
+            x, tokens = stage(x, tokens)
+            with exact_grouping(self):
+                x, stage_hard, stage_soft = stage.grouping(x, tokens, noise)
+            hard.append(stage_hard)
+            soft.append(stage_soft)
+        with exact_grouping(self):  # [B, N, G] @ [B, G, L] -> [B, N, L]
+            maps = reduce(torch.matmul, hard), reduce(torch.matmul, soft)
+        return self.ln_post(self.transformer(x)), *maps
+
+
+def stage_sizes(config):
+    """The numbers of group tokens and of groups, of each stage that groups."""
+    if config.stages == 1:
+        return [(config.group_tokens, config.num_centers)]
+    return [(config.group_tokens, config.group_tokens), (config.num_centers, config.num_centers)]
+
+
+class GroupViT(OnCLIP):
+    """GroupViT with one or two stages. Its text encoder is CLIP's, but for the projection.
+
+    Images are normalised for CLIP, as everywhere here; the model turns that into ImageNet's.
+    """
+
+    def __init__(self, config):
+        clip = CLIP(config)
+        clip.visual = GroupingTransformer(config)
+        del clip.text_projection
+        clip.text_projection = Projector(config.text_width, config)
+        super().__init__(clip)
+        self.multi_label_logit_scale = nn.Parameter(clip.logit_scale.detach().clone())
+
+    def encode_text(self, text):
+        """[B, T] token ids -> [B, E]."""
+        return self.clip.text_projection(self.clip.text_tokens(text))
+
+    def encode_image(self, image):
+        """[B, 3, H, W] -> ImageEncoding. Call eval() before: it projects images and segments, and
+        in training the statistics of BatchNorm are those of the images."""
+        segments, hard, soft = self.visual(image)
+        project = self.visual.proj
+        return ImageEncoding(project(segments.mean(dim=1)), project(segments), hard, soft)
+
+    def patch_tokens(self, image):
+        """[B, 3, H, W] -> [B, N, D], after the blocks of the first stage."""
+        return self.visual.stages[0](self.visual.embed_patches(image))[0]
+
+    def draw_noise(self, batch, num_patches, generator=None):
+        """Noise of the assignment of each stage."""
+        options = {"generator": generator, "device": generator.device if generator else None}
+        noise = {}
+        tokens = num_patches
+        for stage, (_, groups) in enumerate(stage_sizes(self.config)):
+            noise[f"gumbel_noise_{stage}"] = draw_gumbel(batch, tokens, groups, **options)
+            tokens = groups
+        return noise
+
+    def forward(self, image, text, gumbel_noise_0=None, gumbel_noise_1=None, reconstruct=False):
+        """text: [B, T], or captions with K prompts each, [B, 1 + K, T]."""
+        segments, _, _ = self.visual(image, (gumbel_noise_0, gumbel_noise_1))
+        texts = self.encode_text(text.flatten(0, -2)).unflatten(0, text.shape[:-1])
+        outputs = {
+            "image_features": self.visual.proj(segments.mean(dim=1)),
+            "text_features": texts,  # [B, E]
+            "logit_scale": self.clip.logit_scale,
+        }
+        if text.dim() == 3:
+            outputs["text_features"] = texts[:, 0]
+            outputs["prompt_features"] = texts[:, 1:]  # [B, K, E]
+            outputs["multi_label_logit_scale"] = self.multi_label_logit_scale
+        return outputs

@@ -1,8 +1,9 @@
-"""Train SegCLIP on image-text pairs, or PACL, or the CLIP that both are compared with.
+"""Train SegCLIP on image-text pairs, or PACL, GroupViT, or the CLIP that they are compared with.
 
 python train.py                      a small SegCLIP from scratch on synthetic scenes, in minutes
 python train.py --method clip        the CLIP of the scenes
 python train.py --method pacl        PACL on that CLIP
+python train.py --method groupvit    GroupViT; --stages 1 or 2
 python train.py --recipe paper --data "cc3m/{00000..00331}.tar" dataset_coco.json=coco
 torchrun --nproc_per_node=8 train.py --recipe paper ...       the same, on eight GPUs
 """
@@ -35,7 +36,6 @@ from torch.utils.data import ConcatDataset, DataLoader
 import evaluate
 import model as model_module
 from clip_loader import (
-    MODELS,
     Tokenizer,
     last_checkpoint,
     load_clip,
@@ -64,7 +64,7 @@ from data import (
 )
 from evaluate import RUNS, Parser, number
 from losses import contrastive_loss, total_loss
-from model import CLIP, PACL, Block, Config, DenseCLIP, InputError, SegCLIP
+from model import CLIP, PACL, Block, Config, DenseCLIP, GroupViT, InputError, SegCLIP
 
 # --------------------------------------------------------------------------------------------------
 # Recipes: the defaults of the flags, by --recipe and --method
@@ -89,6 +89,24 @@ SMALL = Config(
     gumbel_tau=3.0,
     decoder_layers=1,
 )
+# What GroupViT has in place of SMALL and of Config's defaults.
+GROUPVIT_SIZES = {
+    "small": {
+        "vision_layers": 4,
+        "group_tokens": 32,
+        "gumbel_tau": 1.0,
+        "projector_width": 256,
+    },
+    "paper": {
+        "vision_width": 384,
+        "text_width": 256,
+        "embed_dim": 256,
+        "first_stage_layers": 6,
+        "gumbel_tau": 1.0,
+    },
+}
+PROMPTS = 3  # of GroupViT, beside the caption
+NO_NOUNS = (None, "none")
 SMALL_RECIPE = {
     "data": ["synthetic"],
     "output": RUNS["segclip"],
@@ -121,13 +139,28 @@ PACL_RECIPE = CONTRASTIVE | {"freeze": False, "weight_decay": 0.2}
 SMALL_PACL = {"init": CLIP_OF_SCENES, "nouns": "synthetic", "steps": 600, "lr": 3e-3}
 # As others quote the PACL paper; the crop and the text length are SegCLIP's.
 PAPER_PACL = {"lr": 5e-4, "batch_size": 4096, "warmup": 0.0}
+# The optimizer and the augmentations are SegCLIP's (docs/differences.md).
+PAPER_GROUPVIT = CONTRASTIVE | {
+    "output": "runs/paper-groupvit",
+    "init": None,
+    "freeze": False,
+    "text_length": None,
+    "epochs": 30.0,
+    "batch_size": 4096,
+    "lr": 1.6e-3,
+    "warmup": 2 / 30,
+    "crop_scale": 0.08,
+}
+SMALL_GROUPVIT = CONTRASTIVE | {"output": RUNS["groupvit"], "nouns": "synthetic"}
 RECIPES = {
     ("small", "segclip"): SMALL_RECIPE,
     ("small", "clip"): SMALL_RECIPE | CONTRASTIVE | {"output": RUNS["clip"]},
     ("small", "pacl"): SMALL_RECIPE | PACL_RECIPE | SMALL_PACL | {"output": RUNS["pacl"]},
+    ("small", "groupvit"): SMALL_RECIPE | SMALL_GROUPVIT,
     ("paper", "segclip"): PAPER_RECIPE,
     ("paper", "clip"): PAPER_RECIPE | CONTRASTIVE | {"output": "runs/paper-clip", "lr": 4e-6},
     ("paper", "pacl"): PAPER_RECIPE | PACL_RECIPE | PAPER_PACL | {"output": "runs/paper-pacl"},
+    ("paper", "groupvit"): PAPER_RECIPE | PAPER_GROUPVIT,
 }
 SIZES = {size.name: size for size in dataclasses.fields(Config) if size.name != "vocab_size"}
 # Sizes that --init with a plain CLIP does not decide.
@@ -142,10 +175,21 @@ ADDED = (
 )
 OF_SEGCLIP = ("first_stage_layers", *ADDED, *CONTRASTIVE)
 OF_PACL = ("patch_scale", "image_encoder")
+OF_GROUPVIT = ("stages", "group_tokens", "projector_width")
 UNUSED = {  # flags that a method does not have
-    "segclip": OF_PACL,
-    "clip": OF_SEGCLIP + OF_PACL,
-    "pacl": (*OF_SEGCLIP, "from_scratch", "freeze"),
+    "segclip": OF_PACL + OF_GROUPVIT,
+    "clip": OF_SEGCLIP + OF_PACL + OF_GROUPVIT,
+    "pacl": OF_SEGCLIP + OF_GROUPVIT + ("from_scratch", "freeze"),
+    "groupvit": (
+        *OF_PACL,
+        *CONTRASTIVE,
+        "cross_layers",
+        "mask_ratio",
+        "decoder_layers",
+        "from_scratch",
+        "freeze",
+        "init",
+    ),
 }
 # What the authors' program does not train when it starts from CLIP.
 FROZEN = (
@@ -216,7 +260,8 @@ def add_recipe(add):
         help="tokens of a caption, longer ones are cut [--context-length; paper: 32]")
     add("--nouns", metavar="FILE",
         help="one noun per line: the text of a pair is the caption or one of its nouns in one of "
-        "OpenAI's 7 templates, as in PACL; synthetic: the words of the scenes; or none")
+        "OpenAI's 7 templates, as in PACL; of GroupViT for its multi-label loss; synthetic: the "
+        "words of the scenes; or none")
     add("--steps", type=number(int, 0), metavar="N", help="0 writes the untrained model")
     add("--epochs", type=number(float, 0), metavar="N", help="in place of --steps [paper: 10]")
     add("--batch-size", type=COUNT, metavar="B", help="of all processes together [%(default)s]")
@@ -242,7 +287,7 @@ def parse_args(argv=None):
     choices.add_argument("--recipe", choices=("small", "paper"), default="small", help="[small]")
     choices.add_argument(
         "--method",
-        choices=("segclip", "clip", "pacl"),
+        choices=("segclip", "clip", "pacl", "groupvit"),
         default="segclip",
         help="clip: the same encoders with CLIP's loss alone; pacl: an embedder for the patches "
         "of a frozen CLIP [%(default)s]",
@@ -263,6 +308,7 @@ def parse_args(argv=None):
         if getattr(args, name):
             parser.error(f"--method {args.method} has no --{name.replace('_', '-')}")
     pacl = args.method == "pacl"
+    whole = args.method == "groupvit" and args.accumulate > 1
     needs_root = args.eval_every and args.eval_dataset in BENCHMARKS and not args.eval_root
     scene_nouns = args.nouns == "synthetic" and "synthetic" not in (args.data or ())
     for is_wrong, message in (
@@ -271,6 +317,7 @@ def parse_args(argv=None):
         (args.from_scratch and args.init, "--from-scratch or --init, not both"),
         (pacl and not args.init, "--method pacl needs --init, a CLIP"),
         (pacl and args.accumulate > 1, "--accumulate: the loss of PACL works in chunks already"),
+        (whole, "--accumulate: GroupViT's BatchNorm needs the whole batch at once"),
         (needs_root, f"--eval-dataset {args.eval_dataset} needs --eval-root, its folder"),
         (scene_nouns, "--nouns synthetic: the words of the scenes; give --nouns FILE, or none"),
     ):
@@ -299,6 +346,8 @@ def check_resumed(saved, flags, path):
 def choose_sizes(recipe, method, sizes):
     """The recipe's Config with the sizes {name: value} that were given. Raises InputError."""
     config = SMALL if recipe == "small" else Config()
+    if method == "groupvit":
+        return dataclasses.replace(config, **GROUPVIT_SIZES[recipe] | sizes)
     if method == "clip":  # there is no group module that other blocks would follow
         layers = sizes.get("vision_layers", config.vision_layers)
         sizes = sizes | {"first_stage_layers": layers}
@@ -318,6 +367,8 @@ def build_model(method, init, config, sizes, vocab_size, image_encoder=None):
         clip = load_clip(init, activation)
         clip.config = dataclasses.replace(clip.config, patch_scale=config.patch_scale)
         model = PACL(clip, load_dino(image_encoder) if image_encoder else None)
+    elif method == "groupvit":
+        model = GroupViT(config)
     elif init is None:
         model = SegCLIP(config)
     else:
@@ -346,11 +397,13 @@ def learn_vocabulary(source):
     return Tokenizer.learn(captions, num_merges=500)
 
 
-def freeze(model, embeddings=False, reconstruction=False):
-    """Switches off the gradients of CLIP's embeddings, and of what only reconstruction needs."""
+def freeze(model, embeddings=False, reconstruction=False, prompts=False):
+    """Switches off the gradients of CLIP's embeddings, and of what only a missing loss needs."""
     prefixes = FROZEN if embeddings else ()
     if reconstruction:
         prefixes = (*prefixes, "reconstruction_layer.", "reconstruction_blocks.", "decoder.")
+    if prompts:
+        prefixes = (*prefixes, "multi_label_logit_scale")
     for name, parameter in model.named_parameters():
         if name.startswith(prefixes):
             parameter.requires_grad_(False)
@@ -486,7 +539,9 @@ def take_step(parallel, optimizer, batch, noise, weights, precision, scaler, chu
     scaler.step(optimizer)  # skipped if a gradient is not finite; after DDP's sum on all processes
     scaler.update(None if precision == "fp16" else 1.0)
     with torch.no_grad():  # beyond the loss's clamp it would have no gradient, and never come back
-        getattr(parallel, "module", parallel).clip.logit_scale.clamp_(max=math.log(100))
+        for name, parameter in parallel.named_parameters():
+            if name.endswith("logit_scale"):
+                parameter.clamp_(max=math.log(100))
     return torch.cat([values, norm[None]]), names
 
 
@@ -564,7 +619,7 @@ def write_log(log, state, batches, rows, weights, seconds):
     finite = [row for row in rows if math.isfinite(row["grad"])]
     if log is None or not finite:
         return
-    weights = {"con": 1.0, "rec": weights[0], "sup": weights[1]}
+    weights = {"con": 1.0, "label": 1.0, "rec": weights[0], "sup": weights[1]}
     names = [name for name in (*weights, "grad") if name in finite[0]]
     line = {"step": state.step}
     line |= {name: sum(row[name] for row in finite) / len(finite) for name in names}
@@ -637,7 +692,7 @@ def wrap_model(model, activations, compiled):
 
 def choose_nouns(name):
     """The words of --nouns. Raises InputError."""
-    if name in (None, "none"):
+    if name in NO_NOUNS:
         return ()
     nouns = SCENE_WORDS if name == "synthetic" else read_lines(name)
     if not nouns:
@@ -896,8 +951,7 @@ def main(argv=None):
     steps = args.steps
     if steps is None:
         steps = math.ceil(args.epochs * sum(lengths) / args.batch_size)
-
-    freeze(model.to(device), args.freeze, reconstruction=not args.reconstruction_weight)
+    freeze(model.to(device), args.freeze, not args.reconstruction_weight, args.nouns in NO_NOUNS)
     groups = parameter_groups(model, args.lr, args.clip_lr, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-6, fused=True)
     # Without fp16 it scales by 1, and only skips steps whose gradients are not finite.
@@ -915,6 +969,7 @@ def main(argv=None):
         rule=args.superpatch if args.superpixel_weight else None,
         nouns=choose_nouns(args.nouns),
         templates=evaluate.TEMPLATES[7],
+        prompts=PROMPTS * (args.method == "groupvit"),
     )
     batches = Batches(lengths, args.seed, args.batch_size, rows, range(state.step, steps))
     loader = make_loader(pairs, sources, batches, args.workers)

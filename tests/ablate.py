@@ -108,6 +108,14 @@ ROWS = {  # name: (what, flags of train.py or None, flags of evaluate.py, the pa
     "sclip": ("read as SCLIP", None, "--checkpoint {clip} --readout sclip", ""),
     "clearclip": ("read as ClearCLIP", None, "--checkpoint {clip} --readout clearclip", ""),
     "naclip": ("read as NACLIP", None, "--checkpoint {clip} --readout naclip", ""),
+    "groupvit-1": ("*GroupViT*: one stage", "--method groupvit --stages 1", "", "28.1"),
+    "groupvit-2": ("two stages", "--method groupvit --stages 2", "", "19.7"),
+    "groupvit-1-captions": (
+        "one stage, without the multi-label loss",
+        "--method groupvit --stages 1 --nouns none",
+        "",
+        "",
+    ),
     "pacl": ("PACL on it", "--method pacl --init {clip}", "", ""),
     "pacl-captions": (
         "PACL, of the captions alone",

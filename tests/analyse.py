@@ -280,6 +280,7 @@ COMPARED = {
     "ClearCLIP": ("clip", "clearclip", "51.8 32.6 33.0 80.9 35.9 23.9 16.7 30.0", "clearclip"),
     "NACLIP": ("clip", "naclip", "58.9 32.2 33.2 79.7 35.2 23.3 17.4 35.5", "naclip"),
     "PACL": ("pacl", "clip", "- - - 72.3 50.1 38.8 31.4 -", "own"),
+    "GroupViT": ("groupvit", "clip", "52.3 22.4 24.3 - - - - -", "groupvit"),
     "SegCLIP": ("segclip", "clip", "52.6 24.7 26.5 - - - 8.7 11.0", "segclip"),
 }
 

@@ -151,6 +151,7 @@ def test_comparison(tmp_path, monkeypatch, capsys):
     with pytest.raises(InputError, match="python train.py --method pacl"):
         run(*flags)
     save_tiny(tmp_path / "runs/pacl/checkpoint.pt", "pacl")
+    save_tiny(tmp_path / "runs/groupvit/checkpoint.pt", "groupvit")
     capsys.readouterr()
     run(*flags)
     head, rule, *rows = capsys.readouterr().out.splitlines()

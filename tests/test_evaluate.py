@@ -41,7 +41,17 @@ from evaluate import (
     with_legend,
 )
 from losses import compatibility
-from model import CLIP, PACL, Config, DenseCLIP, ImageEncoding, InputError, OnCLIP, SegCLIP
+from model import (
+    CLIP,
+    PACL,
+    Config,
+    DenseCLIP,
+    GroupViT,
+    ImageEncoding,
+    InputError,
+    OnCLIP,
+    SegCLIP,
+)
 
 
 def test_inference_size():
@@ -328,6 +338,9 @@ segclip   pascal_voc       224 224 224 1  -  0.75 -   20
 segclip   pascal_context   224 224 224 1  -  0.25 -   59
 segclip   coco_object      224 224 224 1  -  0.65 -   80
 segclip   ade20k           224 224 224 1  -  -    -   150
+groupvit  pascal_voc       448 448 224 1  -  0.95 -   20
+groupvit  pascal_context   448 448 224 1  -  0.35 -   59
+groupvit  coco_object      448 448 224 1  -  0.95 -   80
 sclip     pascal_voc       336 224 112 80 65 0.1  0.1 56
 sclip     pascal_voc20     336 224 112 80 40 -    -   30
 sclip     pascal_context   336 224 112 80 50 0.1  -   60
@@ -360,7 +373,7 @@ def test_each_protocol_is_its_authors(row):
     numbers = [getattr(protocol, number) for number in NUMBERS.split()]
     numbers.append(sum(map(len, protocol.classes)))
     assert numbers == [None if number == "-" else float(number) for number in published]
-    assert protocol.scoring == ("regions" if name == "segclip" else "cosines")
+    assert protocol.scoring == ("regions" if name in ("segclip", "groupvit") else "cosines")
     if (name, dataset) == ("clearclip", "pascal_voc"):
         words = [word for [word] in protocol.classes]
         assert words[0] == "background"
@@ -393,6 +406,9 @@ KINDS = {
     "segclip": SegCLIP,
     "clip": lambda config: DenseCLIP(CLIP(config)),
     "pacl": lambda config: PACL(CLIP(config)),
+    "groupvit": lambda config: GroupViT(
+        dataclasses.replace(config, stages=1, group_tokens=5, projector_width=16)
+    ),
 }
 
 
@@ -819,6 +835,12 @@ def test_bad_flags(flags, score, tmp_path):
     words = flags.replace("voc ", f"--dataset pascal_voc --data-root {tmp_path} ")
     message = fails(score, *shlex.split(words.format(root=root)))
     assert BAD_FLAGS[flags].format(root=root) in message
+
+
+def test_the_folder_of_a_benchmark_may_be_relative(tmp_path, monkeypatch):
+    make_tree(tmp_path / "voc", "voc")
+    monkeypatch.chdir(tmp_path)
+    assert len(SegmentationFolder("pascal_voc", "voc")) == len(list(tmp_path.rglob("*.jpg")))
 
 
 def test_unreadable_images_are_named_and_left_out(checkpoint, tmp_path):

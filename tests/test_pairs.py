@@ -158,7 +158,7 @@ def test_texts_of_a_caption_and_its_nouns():
     def texts(caption, nouns, *templates):
         pairs = training(SyntheticScenes(64), nouns=nouns, templates=templates)
         rng = np.random.RandomState(0)
-        return Counter(pairs.choose_text(caption, rng) for _ in range(2000))
+        return Counter(pairs.choose_texts(caption, rng)[0] for _ in range(2000))
 
     nouns = ["Snow", "polar bear", "bear", "man"]
     text = "A polar bear, a snowman, SNOW and snow."
@@ -171,6 +171,23 @@ def test_texts_of_a_caption_and_its_nouns():
     assert counts.keys() == {text, "a dog.", "a bus.", "a bench."}
     scenes = training(SyntheticScenes(64), nouns=data.SCENE_WORDS, templates=["{}"])
     assert len({scenes[position, 7][2].tobytes() for position in range(30)}) > 1
+
+
+def test_prompts_beside_the_caption():
+    """GroupViT's: three nouns, none twice, each in any template; the caption for missing ones."""
+    options = {"nouns": ["dog", "bus", "cat", "cow"], "templates": ["a {}.", "the {}."]}
+    pairs = training(SyntheticScenes(64), prompts=3, **options)
+    rng = np.random.RandomState(0)
+    text = "a dog, a dog, a cat, a cow and a bus"
+    counts = Counter()
+    for _ in range(400):
+        caption, *prompts = pairs.choose_texts(text, rng)
+        assert caption == text and len({prompt.split()[1] for prompt in prompts}) == 3
+        counts.update(prompts)
+    assert len(counts) == 8 and min(counts.values()) > 100
+    caption, prompt, *others = pairs.choose_texts("one bus", rng)
+    assert prompt in ("a bus.", "the bus.") and [caption, *others] == 3 * ["one bus"]
+    assert pairs[0, 0][2].shape == (4, 12)
 
 
 # --------------------------------------------------------------------------------------------------
