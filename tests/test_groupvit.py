@@ -196,7 +196,7 @@ def test_files_that_are_no_groupvit(golden, tmp_path):
         name: torch.zeros(()) for name in weights if "k_proj" in name or "group_token" in name
     }
     blocks = {name.replace("blocks.0", "blocks.7"): x for name, x in state.items()}
-    files["blocks"] = {n: x for n, x in blocks.items() if "rs.1.b" in n} | state
+    files["blocks"] = {n: x.clone() for n, x in blocks.items() if "rs.1.b" in n} | state
     for message, file in files.items():
         torch.save({"model": file}, path)
         with pytest.raises(InputError) as error:

@@ -778,6 +778,7 @@ def test_a_failed_save_leaves_the_old_checkpoint(tiny, tmp_path, monkeypatch):
     path = tmp_path / "checkpoint.pt"
     save_checkpoint(path, tiny, step=1)
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OSError):
+    with pytest.raises(InputError, match="checkpoint.pt: cannot be written, no space left"):
         save_checkpoint(path, tiny, rotate=True, step=2)
+    assert list(tmp_path.iterdir()) == [path]
     assert read_weights(path)["step"] == 1

@@ -154,8 +154,13 @@ def wait_for_step(process, output, step):
         time.sleep(0.005)
 
 
-@pytest.mark.parametrize("write", [write_list, write_shards])
-@pytest.mark.parametrize("processes", [1, 2])
+SLOW = functools.partial(pytest.param, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    "processes, write",
+    [(1, write_list), (1, write_shards), (2, write_shards), SLOW(2, write_list)],
+)
 def test_a_run_that_was_killed_and_resumed_ends_bit_for_bit_the_same(tmp_path, write, processes):
     flags = f"--steps 40 --save-every 7 --log-every 1 --workers 1 --data {write(tmp_path)}"
     output = tmp_path / "parts"
@@ -191,7 +196,7 @@ def start_long_run(output, flags="", processes=1):
 
 
 @pytest.mark.parametrize(
-    "processes, name", [(1, "SIGTERM"), (1, "SIGINT"), (2, "SIGTERM"), (2, "SIGKILL")]
+    "processes, name", [(1, "SIGTERM"), (1, "SIGINT"), SLOW(2, "SIGTERM"), (2, "SIGKILL")]
 )
 def test_a_signal_saves_and_ends_the_run(tmp_path, processes, name):
     """Also SIGKILL of torchrun, whose processes live on, notice it, and end by themselves."""
@@ -351,7 +356,8 @@ def test_workers_and_seeds(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "flags", ["--eval-every 3", "--accumulate 2", "--method pacl", "--method groupvit"]
+    "flags",
+    ["--eval-every 3", "--method groupvit", SLOW("--accumulate 2"), SLOW("--method pacl")],
 )
 def test_two_processes_do_what_one_does(tmp_path, flags):
     recipe = SMALL_SEGCLIP
@@ -485,7 +491,7 @@ def train_with_trouble(kind, flags):
     train.main(flags)
 
 
-@pytest.mark.parametrize("kind", ["infinity", "failure"])
+@pytest.mark.parametrize("kind", ["infinity", SLOW("failure")])
 def test_trouble_on_one_process(tmp_path, kind):
     """An infinite loss skips the step on all processes; a failure ends all, with its message."""
     program = (__file__, "trouble", kind)
@@ -809,6 +815,7 @@ def test_the_best_model_is_kept(tmp_path, monkeypatch):
     assert read_weights(tmp_path / "failed/checkpoint.pt")["step"] == 2
 
 
+@pytest.mark.slow
 def test_a_batch_of_photographs_is_learned_by_heart(tmp_path):
     """16 photographs with captions: the contrastive loss goes from ln 16 to under 0.1."""
     folder = Path(skimage.data.__file__).parent
