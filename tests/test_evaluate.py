@@ -795,6 +795,9 @@ BAD_FLAGS = {  # voc: a benchmark that is there; {root}: a folder with images an
     "--data-root {root}": "--data-root needs --dataset",
     "voc --output {root}/words.txt": "words.txt",
     "voc --words 'cat, dog'": "2 classes",
+    "--images {root} --words 'cat\ndog'": "not one line",
+    "--images {root} --words 'cat \udcff'": "not one line",
+    "--images {root} --words cat --ignore 3": "--ignore is for --labels-dir",
     "voc --logit-scale 3": "--protocol segclip has none",
     "voc --heat": "--heat is for --image",
     "voc --background nan": "nan is not between 0 and 1",
@@ -871,6 +874,22 @@ def test_no_checkpoint_and_one_without_its_vocabulary(score, tmp_path, monkeypat
     assert "none.gz" in fails(score, "--checkpoint", "a.pt", "--vocabulary", "none.gz")
     save_checkpoint("a.pt", SegCLIP(TINY), merges=["a b"])
     assert "600 tokens, but the vocabulary has 515" in fails(score, "--checkpoint", "a.pt")
+
+
+def test_the_words_choose_the_model_where_no_checkpoint_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evaluate, "find", lambda name: None)
+    flags = ["--image", str(next((GOLDEN / "pipeline/voc_like/JPEGImages").iterdir()))]
+    message = fails(evaluate.main, [*flags, "--words", "cat"])
+    assert "runs/synthetic/checkpoint.pt does not exist" in message
+    assert "--checkpoint ViT-B/16 --readout naclip" in message
+    tokenizer = Tokenizer.learn(["a ball on grass"] * 9, 20)
+    config = dataclasses.replace(TINY, vocab_size=tokenizer.vocab_size)
+    save_checkpoint("runs/synthetic/checkpoint.pt", SegCLIP(config), merges=tokenizer.merges)
+    evaluate.main([*flags, "--words", "ball, grass", "--workers", "0", "--device", "cpu"])
+    assert "does not know zebra" in fails(evaluate.main, [*flags, "--words", "ball, zebra"])
+    monkeypatch.setattr(evaluate, "find", lambda name: Path("cached"))
+    assert evaluate.default_model([["zebra"]]) == ("ViT-B/16", "naclip")
 
 
 @pytest.mark.parametrize("program", ["train.py", "evaluate.py"])
