@@ -216,7 +216,8 @@ def add_arguments(parser):
     add = parser.add_argument_group("the run").add_argument
     add("--data", nargs="+", metavar="PAIRS",
         help="one or more of: synthetic; CAPTIONS.json=FOLDER (COCO's or Karpathy's); LIST.tsv, "
-        '.csv or .jsonl (=FOLDER) of paths and captions; "SHARDS{000..331}.tar" of img2dataset')
+        ".csv, .txt or .jsonl (=FOLDER) with columns path, file or image, and caption, title or "
+        'text; "SHARDS{000..331}.tar" of img2dataset')
     add("--output", metavar="DIR", help="for checkpoint.pt and log.jsonl [%(default)s]")
     add("--resume", action="store_true",
         help="continue from the last checkpoint in DIR, if any; --steps may be other than before")
