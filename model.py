@@ -48,6 +48,7 @@ class Config:
     gumbel_tau: float = 0.9  # temperature of the assignment in training (Eq. 2): higher is softer
     mask_ratio: float = 0.75  # share of the patches that the reconstruction hides
     decoder_layers: int = 3  # blocks of the MAE decoder
+    decoder_heads: int = 8  # and their attention heads
     # What PACL adds:
     patch_scale: float = 10.0  # inverse temperature of the softmax over the patches
 
@@ -531,7 +532,8 @@ class MAEDecoder(nn.Module):
         width = config.vision_width // 2
         self.embed = nn.Linear(config.vision_width, width)
         self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, width))
-        blocks = [Block(width, 8, nn.GELU) for _ in range(config.decoder_layers)]
+        heads = config.decoder_heads
+        blocks = [Block(width, heads, nn.GELU) for _ in range(config.decoder_layers)]
         self.blocks = nn.Sequential(*blocks)
         self.norm = nn.LayerNorm(width)
         self.pixels = nn.Linear(width, 3 * config.patch_size**2)

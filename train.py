@@ -74,7 +74,8 @@ SMALL = Config(
     embed_dim=128,
     context_length=24,
     text_width=128,
-    text_layers=2,
+    text_layers=1,
+    activation="gelu",
     first_stage_layers=2,
     num_centers=16,
     cross_layers=0,
@@ -82,6 +83,7 @@ SMALL = Config(
     linear_std=0.0,
     gumbel_tau=3.0,
     decoder_layers=1,
+    decoder_heads=1,
 )
 SMALL_RECIPE = {
     "data": ["synthetic"],
@@ -133,6 +135,7 @@ ADDED = (
     "gumbel_tau",
     "mask_ratio",
     "decoder_layers",
+    "decoder_heads",
 )
 # What the authors' program does not train when it starts from CLIP.
 FROZEN = (
@@ -750,6 +753,8 @@ def tune_cpu(num_workers, num_patches, world):
     """Settings that change the speed on a CPU."""
     # The fused attention is for long sequences: in bf16 its backward pass is slow for short ones.
     torch.backends.cuda.enable_flash_sdp(num_patches >= 128)
+    # The other one would convert bf16 to fp32 and back.
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
     if world == 1 and num_workers:
         # Threads that compete with the workers for cores cost a third of the speed.
         free = max(1, (os.cpu_count() or 1) - num_workers)
