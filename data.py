@@ -177,7 +177,7 @@ class SyntheticScenes:
         self.split = split
         self.key = [seed, ["train", "val", "unseen"].index(split)]
         self.name = "synthetic-unseen" if split == "unseen" else "synthetic"
-        count = 12_000 if split == "train" else 500  # an epoch; every index has a scene
+        count = 24_000 if split == "train" else 500  # an epoch; every index has a scene
         self.names = [f"scene{i:05}" for i in range(count)]
         self.y, self.x = np.mgrid[:size, :size]
 
