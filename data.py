@@ -213,7 +213,7 @@ class SyntheticScenes:
         self.y, self.x = np.mgrid[:size, :size]
 
     def __len__(self):
-        return 12_000 if self.split == "train" else 500  # an epoch; every index has a scene
+        return 24_000 if self.split == "train" else 500  # an epoch; every index has a scene
 
     def __getitem__(self, index):
         rng = np.random.RandomState([*self.key, index])

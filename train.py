@@ -69,25 +69,28 @@ from model import CLIP, PACL, Block, Config, DenseCLIP, GroupViT, InputError, Se
 # --------------------------------------------------------------------------------------------------
 # Recipes: the defaults of the flags, by --recipe and --method
 
-# The default, for scenes: no cross-attention and no blocks after the group module. Linear layers
-# have PyTorch's initialization (linear_std=0, see init_weights). The centers start larger than the
-# paper's; a higher tau keeps the gradient of the assignment. docs/results.md has the ablations.
+# The default, for scenes: the paper's architecture, smaller. Its weights start otherwise: linear
+# layers as PyTorch's, blocks around the group module at the identity (linear_std=0, see
+# init_weights), larger centers, and keys with a smaller gain, so that the scores of a patch do not
+# saturate the softmax over the centers. docs/results.md has the ablations.
 SMALL = Config(
     image_size=64,
     patch_size=8,
     vision_width=128,
-    vision_layers=2,
+    vision_layers=3,
     embed_dim=128,
     context_length=24,
     text_width=128,
-    text_layers=2,
+    text_layers=1,
+    activation="gelu",
     first_stage_layers=2,
     num_centers=16,
-    cross_layers=0,
+    cross_layers=1,
     center_std=1.0,
+    key_gain=0.3,
     linear_std=0.0,
-    gumbel_tau=3.0,
     decoder_layers=1,
+    decoder_heads=1,
 )
 # What GroupViT has in place of SMALL and of Config's defaults.
 GROUPVIT_SIZES = {
@@ -168,10 +171,12 @@ ADDED = (
     "num_centers",
     "cross_layers",
     "center_std",
+    "key_gain",
     "linear_std",
     "gumbel_tau",
     "mask_ratio",
     "decoder_layers",
+    "decoder_heads",
 )
 OF_SEGCLIP = ("first_stage_layers", *ADDED, *CONTRASTIVE)
 OF_PACL = ("patch_scale", "image_encoder")
@@ -813,6 +818,9 @@ def tune_cpu(device, num_workers, config):
     num_patches = (config.image_size // config.patch_size) ** 2
     # The fused attention is for long sequences: in bf16 its backward pass is slow for short ones.
     torch.backends.cuda.enable_flash_sdp(num_patches >= 128)
+    if hasattr(torch.backends.cuda, "allow_fp16_bf16_reduction_math_sdp"):  # torch 2.5
+        # The other one would convert bf16 to fp32 and back.
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
     if num_workers and not dist.is_initialized():
         # Threads that compete with the workers for cores cost a third of the speed.
         free = max(1, (os.cpu_count() or 1) - num_workers)
