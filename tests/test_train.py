@@ -529,7 +529,7 @@ def clip_file(tmp_path):
 
 
 def paper(output, flags=""):
-    recipe = f"--recipe paper --data synthetic {CPU} --epochs 0.004167 --log-every 1"
+    recipe = f"--recipe paper --data synthetic {CPU} --epochs 0.002084 --log-every 1"
     sizes = "--first-stage-layers 2 --num-centers 4 --cross-layers 1 --decoder-layers 1"
     files = f"--init {output.parent}/clip.pt --vocabulary {output.parent}/vocabulary.gz"
     return run(output, f"{sizes} {files} --text-length 10 {flags}", recipe)
@@ -568,7 +568,7 @@ def test_the_papers_values():
     sizes = train.choose_sizes("paper", "segclip", {})
     assert sizes.first_stage_layers == 10
     added = {name: getattr(sizes, name) for name in train.ADDED}
-    assert list(added.values()) == [8, 2, 0.02, 0.02, 0.9, 0.75, 3], added
+    assert list(added.values()) == [8, 2, 0.02, 1.0, 0.02, 0.9, 0.75, 3, 8], added
     flags = "--recipe paper --data synthetic --from-scratch --lr 1e-3 --steps 5"
     args = train.parse_args(flags.split())
     assert (args.init, args.freeze, args.clip_lr, args.lr) == (None, False, None, 1e-3)
