@@ -1060,8 +1060,8 @@ def run_program(main, if_interrupted):
         lines = str(error).strip().splitlines() or [type(error).__name__]
         if isinstance(error, (InputError, OSError)):
             complaint = lines[-1].removeprefix("model.InputError: ")
-        elif lines[0].startswith("DataLoader worker"):
-            complaint = f"{lines[0].rstrip(' .')}; if memory ran out, give fewer --workers"
+        elif lines[0].startswith("DataLoader worker") or isinstance(error, EOFError):
+            complaint = "a worker process was killed; if memory ran out, give fewer --workers"
         else:
             complaint = traceback.format_exc().rstrip()
     finally:

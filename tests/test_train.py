@@ -237,7 +237,7 @@ def test_a_killed_worker_ends_the_run_in_one_line(tmp_path):
     os.kill(int(workers[0]), signal.SIGKILL)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1 and err.count("\n") == 1
-    assert "DataLoader worker" in err and "--workers" in err
+    assert "a worker process was killed" in err and "--workers" in err
 
 
 @pytest.mark.parametrize("seconds", [0.1, 0.7, 1.8])
@@ -300,8 +300,8 @@ def test_a_run_can_be_lengthened(tmp_path, capsys):
     assert line in capsys.readouterr().out
     assert logged(tmp_path, "lr")[4:] == pytest.approx(rates[4:])
     assert end["step"] == 9 and moved(short["model"], end["model"]) >= {"clip", "group"}
-    epochs = SMALL_SEGCLIP.replace("--steps 6", "--epochs 0.0067")
-    assert run(tmp_path, "--resume", epochs)["step"] == 11  # 12,000 pairs in batches of 8
+    epochs = SMALL_SEGCLIP.replace("--steps 6", "--epochs 0.0035")
+    assert run(tmp_path, "--resume", epochs)["step"] == 11  # 24,000 pairs in batches of 8
     with pytest.raises(InputError, match="has step 11, .* give --steps 11 or more, or another"):
         run(tmp_path, "--steps 9 --resume")
 
