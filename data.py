@@ -404,7 +404,9 @@ def image_files(folder):
 # --------------------------------------------------------------------------------------------------
 # Superpixels, and crops that keep them aligned
 
-FELZENSZWALB = {"scale": 224, "sigma": 0.9}  # the authors', for image_size 224
+# The authors', for image_size 224. The names of saved superpixels depend on them: for another
+# algorithm change them too, or delete what is saved.
+FELZENSZWALB = {"scale": 224, "sigma": 0.9}
 
 
 def superpixels(image, image_size, patch_size):
@@ -1006,7 +1008,9 @@ class Benchmark(NamedTuple):
     has_background: bool  # whether the pixels of no class are a class of their own
     images: str  # folder
     suffix: str  # of the images' names
-    labels: tuple  # (folder, suffix, value table), ...; the first that exists is read
+    # (folder, suffix, value table), ...; the first that exists is read. In a table, background
+    # comes before the words.
+    labels: tuple
     split: str | None  # file with the names; None: all images in the folder and its subfolders
     root: str  # the usual folder
 

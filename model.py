@@ -331,6 +331,7 @@ def read_out(blocks, inputs, readout, grid):
         raise InputError(f"readout {readout}: there are {', '.join(READOUTS)}")
     # [B, heads, 1 + N, D/heads] -> [B, 1 + N, D]
     y = block.attn.out_proj(y.transpose(1, 2).flatten(2))
+    # The others have no residual connection and no MLP.
     if readout not in ("maskclip", "sclip", "keymean"):
         return y
     x = inputs[-1] + y

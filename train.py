@@ -404,7 +404,8 @@ def learn_vocabulary(source):
 
 
 def freeze(model, embeddings=False, reconstruction=False, prompts=False):
-    """Switches off the gradients of CLIP's embeddings, and of what only a missing loss needs."""
+    """Switches off gradients: of CLIP's embeddings; of what only the reconstruction, or only the
+    loss over prompts, would need."""
     prefixes = FROZEN if embeddings else ()
     if reconstruction:
         prefixes = (*prefixes, "reconstruction_layer.", "reconstruction_blocks.", "decoder.")
@@ -432,7 +433,9 @@ def parameter_groups(model, lr, clip_lr=None, weight_decay=0.0):
         if parameter.requires_grad:
             early = name.startswith("clip.") and not name.startswith(late)
             rate = clip_lr if early and clip_lr is not None else lr
-            decay = 0.0 if name.endswith("bias") else weight_decay  # as in the authors' program
+            decay = (
+                0.0 if name.endswith("bias") else weight_decay
+            )  # as in the authors' program; norms and temperatures do
             groups.setdefault((rate, decay), []).append(parameter)
     return [
         {"params": parameters, "lr": rate, "peak_lr": rate, "weight_decay": decay}
@@ -625,6 +628,7 @@ def write_log(log, state, batches, rows, weights, seconds):
     finite = [row for row in rows if math.isfinite(row["grad"])]
     if log is None or not finite:
         return
+    # As in total_loss. What is missing here is not logged.
     weights = {"con": 1.0, "label": 1.0, "rec": weights[0], "sup": weights[1]}
     names = [name for name in (*weights, "grad") if name in finite[0]]
     line = {"step": state.step}
@@ -895,7 +899,7 @@ def train(
     stopped = False
     state.model.train()
     with GracefulExit() as stop:
-        for *batch, errors in loader:
+        for *batch, errors in loader:  # image, superpatch, text: see collate
             for error in errors if state.errors < 10 else ():
                 print(error, file=sys.stderr)
             for group in state.optimizer.param_groups:

@@ -2,8 +2,8 @@
 
 python tests/ablate.py          an hour and a half on two cores; stopped, the same command goes on
 
-Each row is `python train.py` with other flags, shorter than the default, scored by `python
-evaluate.py --analyse`; the seed decides the scenes, their order, the new weights and all noise.
+Each row is `python train.py` with other flags, shorter than the default, scored by
+tests/analyse.py; the seed decides the scenes, their order, the new weights and all noise.
 Runs lie in runs/ablation/STEPS/ROW/SEED, and are not done again: after a change of the code, give
 another --output.
 """
@@ -130,7 +130,7 @@ COLUMNS = (
     "named right",
     "patches",
     "captions",
-)  # the last five: of --analyse
+)  # the last five: of analyse.py
 
 
 class SegmentedScenes(SyntheticScenes):
