@@ -1116,7 +1116,7 @@ class ImageFolder(LabelledImages):
         files = [file for file in image_files(path) if others.isdisjoint(file.resolve().parents)]
         self.paths = files if path.is_dir() else [path]
         if not self.paths:
-            raise InputError(f"{path}: no image to label")
+            raise InputError(f"{path}: no image to label (label maps need a folder of their own)")
         root = path if path.is_dir() else path.parent
         self.names = [str(file.relative_to(root).with_suffix("")) for file in self.paths]
         maps = [Path(labels or "", f"{name}.png") for name in self.names]

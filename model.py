@@ -41,7 +41,7 @@ class Config:
     vocab_size: int = 49408  # tokens of the vocabulary
     text_width: int = 512  # D of the text encoder
     text_layers: int = 12  # blocks of the text encoder
-    activation: str = "quick_gelu"  # quick_gelu: OpenAI's CLIPs; gelu: LAION's and DataComp's
+    activation: str = "quick_gelu"  # quick_gelu: OpenAI's CLIPs; gelu: LAION-2B's and DataComp's
     # What SegCLIP adds (Section 3.2):
     first_stage_layers: int = 10  # blocks before the semantic group module
     num_centers: int = 8  # L: the most regions in an image

@@ -560,7 +560,7 @@ def test_classification_of_some_images(score, animals, tmp_path, capsys):
     assert metrics["protocol"]["classes"][5] == ["red dog"]
     image = animals / "Boat/0.png"
     image.write_text("not an image")
-    assert "1 images are left out" in fails(score, *flags)
+    assert "unreadable images were left out: 1" in fails(score, *flags)
     assert str(image) in capsys.readouterr().err
     metrics = json.loads((tmp_path / "o/metrics.json").read_text())
     assert (metrics["images"], metrics["unreadable"]) == (4, 1)
@@ -854,7 +854,7 @@ def test_unreadable_images_are_named_and_left_out(checkpoint, tmp_path):
     done = run_python(evaluate.__file__, *flags, cwd=tmp_path)
     assert done.returncode == 1 and done.stderr.count("\n") == 3, done.stderr
     assert done.stderr.startswith(f"{image}: not a readable image") and "mIoU" in done.stdout
-    assert done.stderr.endswith("evaluate.py: 1 images are left out, which cannot be read\n")
+    assert done.stderr.endswith("evaluate.py: unreadable images were left out: 1\n")
 
 
 def test_a_mistake_in_the_code_ends_with_a_traceback(checkpoint, tmp_path):
