@@ -882,7 +882,7 @@ def clip_from_state(state, source, **known):
     if "activation" not in known:
         known["activation"] = "gelu" if regex.search(GELU_WEIGHTS, str(source)) else "quick_gelu"
         if source not in MODELS and "input_resolution" not in state:  # not surely OpenAI's
-            note = "OpenAI's weights need quick_gelu; LAION's and DataComp's: --activation gelu"
+            note = "OpenAI's weights need quick_gelu; LAION-2B's and DataComp's: --activation gelu"
             print(f"{source}: read with {known['activation']}; {note}", file=sys.stderr)
     config = config_from_shapes("CLIP", state, source, **known)
     if config.vision_width > 1024:

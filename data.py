@@ -213,7 +213,7 @@ class SyntheticScenes:
         self.y, self.x = np.mgrid[:size, :size]
 
     def __len__(self):
-        return 12_000 if self.split == "train" else 500  # an epoch; every index has a scene
+        return 24_000 if self.split == "train" else 500  # an epoch; every index has a scene
 
     def __getitem__(self, index):
         rng = np.random.RandomState([*self.key, index])
@@ -408,7 +408,9 @@ def image_files(folder):
 # --------------------------------------------------------------------------------------------------
 # Superpixels, and crops that keep them aligned
 
-FELZENSZWALB = {"scale": 224, "sigma": 0.9}  # the authors', for image_size 224
+# The authors', for image_size 224. The names of saved superpixels depend on them: for another
+# algorithm change them too, or delete what is saved.
+FELZENSZWALB = {"scale": 224, "sigma": 0.9}
 
 
 def superpixels(image, image_size, patch_size):
@@ -1025,7 +1027,9 @@ class Benchmark(NamedTuple):
     has_background: bool  # whether the pixels of no class are a class of their own
     images: str  # folder
     suffix: str  # of the images' names
-    labels: tuple  # (folder, suffix, value table), ...; the first that exists is read
+    # (folder, suffix, value table), ...; the first that exists is read. In a table, background
+    # comes before the words.
+    labels: tuple
     split: str | None  # file with the names; None: all images in the folder and its subfolders
     root: str  # the usual folder
 
@@ -1131,7 +1135,7 @@ class ImageFolder(LabelledImages):
         files = [file for file in image_files(path) if others.isdisjoint(file.resolve().parents)]
         self.paths = files if path.is_dir() else [path]
         if not self.paths:
-            raise InputError(f"{path}: no image to label")
+            raise InputError(f"{path}: no image to label (label maps need a folder of their own)")
         root = path if path.is_dir() else path.parent
         self.names = [str(file.relative_to(root).with_suffix("")) for file in self.paths]
         maps = [Path(labels or "", f"{name}.png") for name in self.names]

@@ -644,11 +644,14 @@ def load_image(dataset, protocol, patch, index):
 def load_images(segmenter, dataset, indices, workers, show_progress=False, unreadable=None):
     """Yields (sample, resized image) of these indices, read by worker processes.
 
-    Those that cannot be read are appended to the list `unreadable`, and the first three named.
+    Those that cannot be read are appended to the list `unreadable`, and the first three named;
+    without a list, one raises InputError.
     """
     load = functools.partial(try_to_load, dataset, segmenter.protocol, segmenter.patch)
     images = parallel_map(load, indices, workers)
     for image in progress(images, len(indices), "images") if show_progress else images:
+        if isinstance(image, str) and unreadable is None:
+            raise InputError(image)
         if isinstance(image, str):
             unreadable.append(image)
             if len(unreadable) <= 3:
@@ -1061,8 +1064,8 @@ def run_program(main, if_interrupted):
         lines = str(error).strip().splitlines() or [type(error).__name__]
         if isinstance(error, (InputError, OSError)):
             complaint = lines[-1].removeprefix("model.InputError: ")
-        elif lines[0].startswith("DataLoader worker"):
-            complaint = f"{lines[0].rstrip(' .')}; if memory ran out, give fewer --workers"
+        elif lines[0].startswith("DataLoader worker") or isinstance(error, EOFError):
+            complaint = "a worker process was killed; if memory ran out, give fewer --workers"
         else:
             complaint = traceback.format_exc().rstrip()
     finally:
@@ -1134,12 +1137,12 @@ def add_arguments(parser):
     add("--checkpoint", "--model", metavar="FILE",
         help="of train.py, the authors' segclip.bin, a GroupViT or a CLIP: a file, or ViT-B/16 "
         f"[{DEFAULT_CHECKPOINT}; own images with words that it does not know: ViT-B/16]")
-    add("--readout", choices=READOUTS, default="clip",
-        help="how a CLIP's last block makes patch tokens; see read_out in model.py [%(default)s]")
+    add("--readout", choices=READOUTS,
+        help="how a CLIP's last block makes patch tokens; see read_out in model.py [clip]")
     add("--dino", metavar="FILE",
         help="DINO's ViT-B/8 or ViT-B/16, for --readout proxyclip, whose patches it has")
     add("--activation", choices=ACTIVATIONS,
-        help="of a CLIP that is not OpenAI's: gelu for LAION's and DataComp's weights [quick_gelu]")
+        help="of a CLIP: gelu for LAION-2B's and DataComp's weights [quick_gelu, OpenAI's]")
     add("--vocabulary", metavar="FILE", help="OpenAI's BPE vocabulary [cache, or download]")
     add("--device", help="cpu, cuda, cuda:1, ... [a GPU if there is one]")
     add("--precision", choices=("bf16", "fp32"), default="fp32", help="[%(default)s]")
@@ -1295,12 +1298,12 @@ def report(metrics):
     print(f"{line}  over {metrics['images']} images  protocol {metrics['protocol']['name']}")
 
 
-def open_model(name_or_path, readout, activation, dino, vocabulary):
+def open_model(name_or_path, readout=None, activation=None, dino=None, vocabulary=None):
     """-> model, tokenizer. Raises InputError."""
     if name_or_path == DEFAULT_CHECKPOINT and not os.path.exists(name_or_path):
         advice = "run `python train.py`, or give --checkpoint FILE"
         raise InputError(f"{name_or_path}: does not exist; {advice}")
-    model = load_model(name_or_path, readout, activation, dino).eval()
+    model = load_model(name_or_path, readout or "clip", activation, dino).eval()
     tokenizer = load_tokenizer(name_or_path, vocabulary)
     if model.config.vocab_size != tokenizer.vocab_size:
         sizes = f"{model.config.vocab_size} tokens, but the vocabulary has {tokenizer.vocab_size}"
@@ -1339,7 +1342,7 @@ def main(argv=None):
     readout = args.readout
     if not args.checkpoint and (args.image or args.images):
         checkpoint, best = default_model(classes)
-        readout = best or readout
+        readout = readout or best
     files = args.activation, args.dino, args.vocabulary
     model, tokenizer = open_model(checkpoint, readout, *files)
     output = output_folder(args.output, source, checkpoint)
@@ -1378,7 +1381,7 @@ def main(argv=None):
         report(metrics)
     print(f"wrote {output}", file=sys.stderr)
     if metrics.get("unreadable"):
-        raise InputError(f"{metrics['unreadable']} images are left out, which cannot be read")
+        raise InputError(f"unreadable images were left out: {metrics['unreadable']}")
 
 
 if __name__ == "__main__":

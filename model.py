@@ -41,16 +41,18 @@ class Config:
     vocab_size: int = 49408  # tokens of the vocabulary
     text_width: int = 512  # D of the text encoder
     text_layers: int = 12  # blocks of the text encoder
-    activation: str = "quick_gelu"  # quick_gelu: OpenAI's CLIPs; gelu: LAION's and DataComp's
+    activation: str = "quick_gelu"  # quick_gelu: OpenAI's CLIPs; gelu: LAION-2B's and DataComp's
     # What SegCLIP adds (Section 3.2):
     first_stage_layers: int = 10  # blocks before the semantic group module
     num_centers: int = 8  # L: the most regions in an image
     cross_layers: int = 2  # cross-attention blocks from the centers to the patches (Eq. 1)
     center_std: float = 0.02  # standard deviation of the centers at the start
-    linear_std: float = 0.02  # and of what SegCLIP adds; 0: see init_weights
+    key_gain: float = 1.0  # gain of the keys' norm at the start: less is less decided
+    linear_std: float = 0.02  # of what SegCLIP adds, at the start; 0: see init_weights
     gumbel_tau: float = 0.9  # temperature of the assignment in training (Eq. 2): higher is softer
     mask_ratio: float = 0.75  # share of the patches that the reconstruction hides
     decoder_layers: int = 3  # blocks of the MAE decoder
+    decoder_heads: int = 8  # and their attention heads
     # What PACL adds:
     patch_scale: float = 10.0  # inverse temperature of the softmax over the patches
     # What GroupViT adds:
@@ -332,6 +334,7 @@ def read_out(blocks, inputs, readout, grid):
         raise InputError(f"readout {readout}: there are {', '.join(READOUTS)}")
     # [B, heads, 1 + N, D/heads] -> [B, 1 + N, D]
     y = block.attn.out_proj(y.transpose(1, 2).flatten(2))
+    # The others have no residual connection and no MLP.
     if readout not in ("maskclip", "sclip", "keymean"):
         return y
     x = inputs[-1] + y
@@ -379,6 +382,14 @@ def init_blocks(blocks):
         nn.init.normal_(block.mlp.c_proj.weight, std=residual_std)
         for bias in (block.attn.out_proj.bias, block.mlp.c_fc.bias, block.mlp.c_proj.bias):
             nn.init.zeros_(bias)
+
+
+def start_at_identity(blocks):
+    """Sets the last layer of each residual branch to zero: at first, a block returns its input."""
+    for block in blocks:
+        for layer in (block.attn.out_proj, block.mlp.c_proj):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -462,7 +473,10 @@ def init_weights(module, linear_std=0.02):
     Gumbel noise assigns it, and every center gets a gradient. With a standard deviation of 1 the
     assignment would start nearly saturated. Norms and convolutions keep PyTorch's initialisation.
     So does everything with linear_std 0: PyTorch's deviation of 1 / sqrt(3 D) is 0.02 for a width
-    of 768 too, but 0.05 for 128, and a small decoder hardly begins to learn with less.
+    of 768 too, but 0.05 for 128, and a small decoder hardly begins to learn with less. Then the
+    cross-attention and the blocks after the group module also start at the identity. Otherwise
+    these would outweigh the small region tokens from the start, every region would hold the words
+    of the whole image, and the maximum over the regions would not mind.
     """
     if linear_std == 0:
         return
@@ -551,6 +565,7 @@ class SemanticGroup(nn.Module):
         self.mlp = MLP(width, nn.GELU)
         self.activation = QuickGELU()
         self.apply(partial(init_weights, linear_std=config.linear_std))
+        nn.init.constant_(self.ln_keys.weight, config.key_gain)
 
     def forward(self, patches, gumbel_noise=None):
         """-> regions [B, L, D], M [B, N, L], soft [B, N, L]. In training, None draws the noise."""
@@ -607,7 +622,8 @@ class MAEDecoder(nn.Module):
         width = config.vision_width // 2
         self.embed = nn.Linear(config.vision_width, width)
         self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, width))
-        blocks = [Block(width, 8, nn.GELU) for _ in range(config.decoder_layers)]
+        heads = config.decoder_heads
+        blocks = [Block(width, heads, nn.GELU) for _ in range(config.decoder_layers)]
         self.blocks = nn.Sequential(*blocks)
         self.norm = nn.LayerNorm(width)
         self.pixels = nn.Linear(width, 3 * config.patch_size**2)
@@ -662,6 +678,9 @@ class SegCLIP(OnCLIP):
         blocks = [Block(width, width // 64) for _ in range(num_last)]
         init = partial(init_weights, linear_std=config.linear_std)
         self.reconstruction_blocks = nn.Sequential(*blocks).apply(init)
+        if config.linear_std == 0:
+            late = self.visual.transformer.resblocks[config.first_stage_layers :]
+            start_at_identity([*self.group.cross_blocks, *late, *self.reconstruction_blocks])
         self.decoder = MAEDecoder(config)
         # Unused: the image feature is the maximum over the regions.
         self.visual.class_embedding.requires_grad_(False)

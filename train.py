@@ -69,25 +69,28 @@ from model import CLIP, PACL, Block, Config, DenseCLIP, GroupViT, InputError, Se
 # --------------------------------------------------------------------------------------------------
 # Recipes: the defaults of the flags, by --recipe and --method
 
-# The default, for scenes: no cross-attention and no blocks after the group module. Linear layers
-# have PyTorch's initialization (linear_std=0, see init_weights). The centers start larger than the
-# paper's; a higher tau keeps the gradient of the assignment. docs/results.md has the ablations.
+# The default, for scenes: the paper's architecture, smaller. Its weights start otherwise: linear
+# layers as PyTorch's, blocks around the group module at the identity (linear_std=0, see
+# init_weights), larger centers, and keys with a smaller gain, so that the scores of a patch do not
+# saturate the softmax over the centers. docs/results.md has the ablations.
 SMALL = Config(
     image_size=64,
     patch_size=8,
     vision_width=128,
-    vision_layers=2,
+    vision_layers=3,
     embed_dim=128,
     context_length=24,
     text_width=128,
-    text_layers=2,
+    text_layers=1,
+    activation="gelu",
     first_stage_layers=2,
     num_centers=16,
-    cross_layers=0,
+    cross_layers=1,
     center_std=1.0,
+    key_gain=0.3,
     linear_std=0.0,
-    gumbel_tau=3.0,
     decoder_layers=1,
+    decoder_heads=1,
 )
 # What GroupViT has in place of SMALL and of Config's defaults.
 GROUPVIT_SIZES = {
@@ -175,10 +178,12 @@ ADDED = (
     "num_centers",
     "cross_layers",
     "center_std",
+    "key_gain",
     "linear_std",
     "gumbel_tau",
     "mask_ratio",
     "decoder_layers",
+    "decoder_heads",
 )
 OF_SEGCLIP = ("first_stage_layers", *ADDED, *CONTRASTIVE)
 OF_PACL = ("patch_scale", "image_encoder")
@@ -304,7 +309,8 @@ def parse_args(argv=None):
         nargs="+",
         metavar="PAIRS",
         help="one or more of: synthetic; CAPTIONS.json=FOLDER (COCO's or Karpathy's); LIST.tsv, "
-        '.csv or .jsonl (=FOLDER) of paths and captions; "SHARDS{000..331}.tar" of img2dataset',
+        ".csv, .txt or .jsonl (=FOLDER) with columns path, file or image, and caption, title or "
+        'text; "SHARDS{000..331}.tar" of img2dataset',
     )
     choices.add_argument("--from-scratch", action="store_true", help="paper: no --init")
     known, _ = choices.parse_known_args(argv)
@@ -411,7 +417,8 @@ def learn_vocabulary(sources):
 
 
 def freeze(model, embeddings=False, reconstruction=False, prompts=False):
-    """Switches off the gradients of CLIP's embeddings, and of what only a missing loss needs."""
+    """Switches off gradients: of CLIP's embeddings; of what only the reconstruction, or only the
+    loss over prompts, would need."""
     prefixes = FROZEN if embeddings else ()
     if reconstruction:
         prefixes = (*prefixes, "reconstruction_layer.", "reconstruction_blocks.", "decoder.")
@@ -439,7 +446,9 @@ def parameter_groups(model, lr, clip_lr=None, weight_decay=0.0):
         if parameter.requires_grad:
             early = name.startswith("clip.") and not name.startswith(late)
             rate = clip_lr if early and clip_lr is not None else lr
-            decay = 0.0 if name.endswith("bias") else weight_decay  # as in the authors' program
+            decay = (
+                0.0 if name.endswith("bias") else weight_decay
+            )  # as in the authors' program; norms and temperatures do
             groups.setdefault((rate, decay), []).append(parameter)
     return [
         {"params": parameters, "lr": rate, "peak_lr": rate, "weight_decay": decay}
@@ -632,6 +641,7 @@ def write_log(log, state, batches, rows, weights, seconds):
     finite = [row for row in rows if math.isfinite(row["grad"])]
     if log is None or not finite:
         return
+    # As in total_loss. What is missing here is not logged.
     weights = {"con": 1.0, "label": 1.0, "rec": weights[0], "sup": weights[1]}
     names = [name for name in (*weights, "grad") if name in finite[0]]
     line = {"step": state.step}
@@ -832,6 +842,9 @@ def tune_cpu(device, num_workers, config):
     num_patches = (config.image_size // config.patch_size) ** 2
     # The fused attention is for long sequences: in bf16 its backward pass is slow for short ones.
     torch.backends.cuda.enable_flash_sdp(num_patches >= 128)
+    if hasattr(torch.backends.cuda, "allow_fp16_bf16_reduction_math_sdp"):  # torch 2.5
+        # The other one would convert bf16 to fp32 and back.
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
     if num_workers and not dist.is_initialized():
         # Threads that compete with the workers for cores cost a third of the speed.
         free = max(1, (os.cpu_count() or 1) - num_workers)
@@ -907,7 +920,7 @@ def train(
     stopped = False
     state.model.train()
     with GracefulExit() as stop:
-        for *batch, errors in loader:
+        for *batch, errors in loader:  # image, superpatch, text: see collate
             for error in errors if state.errors < 10 else ():
                 print(error, file=sys.stderr)
             for group in state.optimizer.param_groups:

@@ -2,8 +2,8 @@
 
 python tests/ablate.py          an hour and a half on two cores; stopped, the same command goes on
 
-Each row is `python train.py` with other flags, shorter than the default, scored by `python
-evaluate.py --analyse`; the seed decides the scenes, their order, the new weights and all noise.
+Each row is `python train.py` with other flags, shorter than the default, scored by
+tests/analyse.py; the seed decides the scenes, their order, the new weights and all noise.
 Runs lie in runs/ablation/STEPS/ROW/SEED, and are not done again: after a change of the code, give
 another --output.
 """
@@ -30,7 +30,7 @@ import analyse
 from data import SyntheticScenes, superpixels
 
 ROWS = {  # name: (what, flags of train.py or None, flags of evaluate.py, the paper's mIoU on VOC)
-    "default": ("the default: both losses, 16 centers, no cross-attention", "", "", "52.60"),
+    "default": ("the default: both losses, 16 centers, 1 cross-attention layer", "", "", "52.60"),
     "con": (
         "*Table 1*: contrastive loss alone",
         "--reconstruction-weight 0 --superpixel-weight 0",
@@ -40,32 +40,29 @@ ROWS = {  # name: (what, flags of train.py or None, flags of evaluate.py, the pa
     "con-rec": ("with reconstruction", "--superpixel-weight 0", "", "49.14"),
     "con-sup": ("with superpixels", "--reconstruction-weight 0", "", "48.49"),
     "after-1": (
-        "*Table 2*: group module after block 1 of 2",
+        "*Table 2*: group module after block 1 of 3",
         "--first-stage-layers 1",
         "",
         "43.75 (8 of 12)",
     ),
-    "after-0": ("before both blocks", "--first-stage-layers 0", "", "35.28 (6 of 12)"),
+    "after-0": ("before all blocks", "--first-stage-layers 0", "", "35.28 (6 of 12)"),
     "centers-4": ("4 centers", "--num-centers 4", "", "47.03 (6)"),
     "centers-8": ("8 centers", "--num-centers 8", "", "47.95 (8)"),
     "centers-32": ("32 centers", "--num-centers 32", "", "44.89 (10)"),
-    "cross-1": (
-        "*Table 3*: 1 cross-attention layer",
-        "--cross-layers 1",
-        "",
-        "47.63 (none: 44.44)",
-    ),
+    "cross-0": ("*Table 3*: no cross-attention", "--cross-layers 0", "", "44.44 (1 layer: 47.63)"),
     "cross-2": ("2 layers", "--cross-layers 2", "", "47.95"),
-    "start": ("*The authors' start and temperature*: no cross-attention", "{start}", "", ""),
-    "start-cross-1": ("1 cross-attention layer", "{start} --cross-layers 1", "", ""),
+    "after-3": ("after all blocks", "--first-stage-layers 3", "", ""),
+    "key-gain-1": ("keys whose norm starts with a gain of 1", "--key-gain 1", "", ""),
+    "start": ("*The authors' start of the weights*", "{start}", "", ""),
+    "start-cross-0": ("no cross-attention", "{start} --cross-layers 0", "", ""),
     "start-cross-2": ("2 layers", "{start} --cross-layers 2", "", ""),
     "start-after-1": (
-        "group module after block 1 of 2",
+        "group module after block 1 of 3",
         "{start} --first-stage-layers 1",
         "",
         "",
     ),
-    "start-after-0": ("before both blocks", "{start} --first-stage-layers 0", "", ""),
+    "start-after-3": ("after all blocks", "{start} --first-stage-layers 3", "", ""),
     "init": (
         "*Table 4*: from the weights of the CLIP below",
         "--init {clip} --first-stage-layers 2",
@@ -79,7 +76,7 @@ ROWS = {  # name: (what, flags of train.py or None, flags of evaluate.py, the pa
         "",
     ),
     "init-after-1": (
-        "from them, group module after block 1 of 2",
+        "from them, group module after block 1 of 3",
         "--init {clip} --first-stage-layers 1",
         "",
         "",
@@ -124,7 +121,7 @@ ROWS = {  # name: (what, flags of train.py or None, flags of evaluate.py, the pa
         "",
     ),
 }
-START = "--linear-std 0.02 --center-std 0.02 --gumbel-tau 0.9"
+START = "--linear-std 0.02 --center-std 0.02 --key-gain 1"
 FIRST = ("default", "clip")  # others need their checkpoints
 COLUMNS = (
     "mIoU",
@@ -133,7 +130,7 @@ COLUMNS = (
     "named right",
     "patches",
     "captions",
-)  # the last five: of --analyse
+)  # the last five: of analyse.py
 
 
 class SegmentedScenes(SyntheticScenes):

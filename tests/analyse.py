@@ -357,7 +357,10 @@ def compare(args):
         if not checkpoint.exists():
             advice = f"run `python train.py --method {method}`"
             raise InputError(f"{checkpoint}: does not exist; {advice}")
-    print("The columns from VOC-21 on are published, of a ViT-B/16.", file=sys.stderr)
+    print(
+        "The columns from VOC-21 on are published, of a ViT-B/16; GroupViT's is a ViT-S/16.",
+        file=sys.stderr,
+    )
     print(f"| | mIoU on {args.dataset} | patches | {' | '.join(PUBLISHED_ON)} | protocol |")
     print(f"|---|---|---|{'---|' * len(PUBLISHED_ON)}---|")
     for name, (method, readout, published, protocol) in COMPARED.items():

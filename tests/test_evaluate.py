@@ -560,7 +560,7 @@ def test_classification_of_some_images(score, animals, tmp_path, capsys):
     assert metrics["protocol"]["classes"][5] == ["red dog"]
     image = animals / "Boat/0.png"
     image.write_text("not an image")
-    assert "1 images are left out" in fails(score, *flags)
+    assert "unreadable images were left out: 1" in fails(score, *flags)
     assert str(image) in capsys.readouterr().err
     metrics = json.loads((tmp_path / "o/metrics.json").read_text())
     assert (metrics["images"], metrics["unreadable"]) == (4, 1)
@@ -795,6 +795,9 @@ BAD_FLAGS = {  # voc: a benchmark that is there; {root}: a folder with images an
     "--data-root {root}": "--data-root needs --dataset",
     "voc --output {root}/words.txt": "words.txt",
     "voc --words 'cat, dog'": "2 classes",
+    "--images {root} --words 'cat\ndog'": "not one line",
+    "--images {root} --words 'cat \udcff'": "not one line",
+    "--images {root} --words cat --ignore 3": "--ignore is for --labels-dir",
     "voc --logit-scale 3": "--protocol segclip has none",
     "voc --heat": "--heat is for --image",
     "voc --background nan": "nan is not between 0 and 1",
@@ -851,7 +854,7 @@ def test_unreadable_images_are_named_and_left_out(checkpoint, tmp_path):
     done = run_python(evaluate.__file__, *flags, cwd=tmp_path)
     assert done.returncode == 1 and done.stderr.count("\n") == 3, done.stderr
     assert done.stderr.startswith(f"{image}: not a readable image") and "mIoU" in done.stdout
-    assert done.stderr.endswith("evaluate.py: 1 images are left out, which cannot be read\n")
+    assert done.stderr.endswith("evaluate.py: unreadable images were left out: 1\n")
 
 
 def test_a_mistake_in_the_code_ends_with_a_traceback(checkpoint, tmp_path):
@@ -871,6 +874,22 @@ def test_no_checkpoint_and_one_without_its_vocabulary(score, tmp_path, monkeypat
     assert "none.gz" in fails(score, "--checkpoint", "a.pt", "--vocabulary", "none.gz")
     save_checkpoint("a.pt", SegCLIP(TINY), merges=["a b"])
     assert "600 tokens, but the vocabulary has 515" in fails(score, "--checkpoint", "a.pt")
+
+
+def test_the_words_choose_the_model_where_no_checkpoint_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evaluate, "find", lambda name: None)
+    flags = ["--image", str(next((GOLDEN / "pipeline/voc_like/JPEGImages").iterdir()))]
+    message = fails(evaluate.main, [*flags, "--words", "cat"])
+    assert "runs/synthetic/checkpoint.pt does not exist" in message
+    assert "--checkpoint ViT-B/16 --readout naclip" in message
+    tokenizer = Tokenizer.learn(["a ball on grass"] * 9, 20)
+    config = dataclasses.replace(TINY, vocab_size=tokenizer.vocab_size)
+    save_checkpoint("runs/synthetic/checkpoint.pt", SegCLIP(config), merges=tokenizer.merges)
+    evaluate.main([*flags, "--words", "ball, grass", "--workers", "0", "--device", "cpu"])
+    assert "does not know zebra" in fails(evaluate.main, [*flags, "--words", "ball, zebra"])
+    monkeypatch.setattr(evaluate, "find", lambda name: Path("cached"))
+    assert evaluate.default_model([["zebra"]]) == ("ViT-B/16", "naclip")
 
 
 @pytest.mark.parametrize("program", ["train.py", "evaluate.py"])

@@ -453,3 +453,15 @@ def test_pacl_embeds_the_patches_of_dino(tiny_clip, dino, batch):
     assert all(parameter.grad.abs().max() > 0 for parameter in pacl.embedder.parameters())
     with pytest.raises(InputError, match="DINO has patches of 8 pixels, CLIP of 16"):
         PACL(CLIP(dataclasses.replace(TINY, patch_size=16)), dino)
+
+
+def test_the_small_start_passes_centers_and_regions_on():
+    config = Config(
+        vision_width=64, vision_layers=2, first_stage_layers=1, cross_layers=1, linear_std=0.0
+    )
+    model = SegCLIP(config)
+    centers = torch.randn(2, 3, 64)
+    patches = torch.randn(2, 5, 64)
+    assert torch.equal(model.group.cross_blocks[0](centers, patches), centers)
+    assert torch.equal(model.third_stage(centers), centers)
+    assert not torch.equal(model.first_stage(patches), patches)

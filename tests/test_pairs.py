@@ -321,7 +321,7 @@ def test_a_pipe_is_no_list_and_no_shard(tmp_path):
 
 def test_kinds_of_data_mix(shards):
     source = open_all("synthetic", shards / "{00000..00002}.tar")
-    assert len(source) == 12_000 + 24 and source[-1].caption == caption(23)
+    assert len(source) == 24_000 + 24 and source[-1].caption == caption(23)
 
 
 WRONG = "nowhere.csv nowhere.tar x{0..3}.tar nothing*.tar photo.jpg empty.csv broken.json list.json"
