@@ -1312,12 +1312,11 @@ def open_model(name_or_path, readout=None, activation=None, dino=None, vocabular
 
 
 def describe_resolution(protocol, config):
-    """One line: how large the model sees images, and why."""
+    """One line: how large the model sees images, here and in its training."""
     windows = f"windows of {protocol.window}" if protocol.window else "no windows"
-    trained = ""
-    if config.crop_zoom != 1:
-        scale = round(config.image_size * config.crop_zoom)
-        trained = f"; the model was trained on crops, at the scale of a short side of {scale}"
+    smallest = config.image_size
+    largest = round(config.image_size * config.crop_zoom)
+    trained = f"; trained on crops at {smallest} to {largest}" if largest > smallest else ""
     return f"inference resolution: short side {protocol.short_side}, {windows}{trained}"
 
 

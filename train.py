@@ -982,8 +982,7 @@ def main(argv=None):
     init = args.method, args.init, config, sizes, args.vocabulary, args.image_encoder
     model, tokenizer, sources = open_run(open_data, saved, found, *init)
     if args.recipe == "small":  # the paper's is evaluated at 224 pixels, though it has crops
-        mean_share = (args.crop_scale + 1) / 2
-        model.config.crop_zoom = mean_share**-0.5
+        model.config.crop_zoom = args.crop_scale**-0.5
     lengths = [len(source) for source in sources]
     steps = args.steps
     if steps is None:
