@@ -124,17 +124,24 @@ class Tokenizer:
         blank = cls()
         words = Counter(word for text in texts for word in blank.words(text))
         words = {blank.symbols(word): count for word, count in words.items()}
+        pairs = Counter()
+
+        def count_pairs(symbols, count):
+            for pair in zip(symbols, symbols[1:]):
+                pairs[pair] += count
+
+        for symbols, count in words.items():
+            count_pairs(symbols, count)
         merges = []
-        while len(merges) < num_merges:
-            pairs = Counter()
-            for symbols, count in words.items():
-                for pair in zip(symbols, symbols[1:]):
-                    pairs[pair] += count
-            if not pairs:  # every word is one token already
-                break
+        while len(merges) < num_merges and +pairs:  # else every word is one token already
             best = min(pairs, key=lambda pair: (-pairs[pair], pair))
             merges.append(" ".join(best))
-            words = {merge_pair(symbols, best): count for symbols, count in words.items()}
+            for symbols in [symbols for symbols in words if best[0] in symbols]:
+                count = words.pop(symbols)
+                count_pairs(symbols, -count)
+                symbols = merge_pair(symbols, best)
+                count_pairs(symbols, count)
+                words[symbols] = count
         return cls(merges)
 
     def words(self, text):

@@ -241,6 +241,10 @@ class SyntheticScenes:
         )
         return Sample(image.clip(0, 255).astype(np.uint8), label, f"scene{index:05}", caption)
 
+    def captions(self):
+        """Yields some, for a vocabulary: they all have the same words."""
+        return (self[i].caption for i in range(min(500, len(self))))
+
     def draw_things(self, rng, image, label, grounds):
         """Draws one or two objects -> their descriptions."""
         choices = []  # for each kind of object, the colours that it can have here
@@ -535,6 +539,7 @@ class TrainingPairs(Dataset):
     tokenizer: object
     config: Config
     crop_scale: float = 1.0
+    mirror: bool = False  # half of the crops
     seed: int = 0
     text_length: int | None = None  # tokens; None: the model's context length
     rule: str | None = "floor"  # of patch_labels; None: no superpixels are needed
@@ -555,6 +560,9 @@ class TrainingPairs(Dataset):
         segments = self.find_segments(sample)
         size = self.config.image_size
         image, segments = random_resized_crop(sample.image, segments, size, rng, self.crop_scale)
+        if self.mirror and rng.randint(2):
+            image = image[:, ::-1]
+            segments = segments[:, ::-1]
         superpatch = patch_labels(segments, self.config.patch_size, self.rule or "floor")
         texts = self.choose_texts(sample.caption, rng)
         text = self.tokenizer(texts, self.text_length or self.config.context_length)
@@ -675,11 +683,22 @@ class Pairs(Dataset):
         return os.path.join(self.folder or self.path, name), *others
 
     def __getitem__(self, i):
+        name, caption = self.caption(i)
+        return Sample(self.image(i), None, name, caption, self.superpixels.read(i))
+
+    def caption(self, i):
+        """-> name and caption of row i. Raises SampleError."""
         name, _, _, caption = self.row(i)
         # Surrogates stand for bytes that are not UTF-8.
         if not isinstance(caption, str) or not re.fullmatch("[^\ud800-\udfff]+", caption.strip()):
             raise SampleError("no caption in UTF-8", name)
-        return Sample(self.image(i), None, name, caption, self.superpixels.read(i))
+        return name, caption
+
+    def captions(self):
+        """Yields all that can be used, without opening an image."""
+        for i in range(len(self)):
+            with contextlib.suppress(SampleError):
+                yield self.caption(i)[1]
 
     def image(self, i):
         """Decodes the image of row i -> uint8 [H, W, 3]. Raises SampleError."""

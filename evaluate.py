@@ -275,6 +275,7 @@ def choose_protocol(name, dataset, config, classes=None, **changes):
     fields = PROTOCOLS[name][""] | PROTOCOLS[name].get(dataset.name, {})
     for size in ("short_side", "window", "stride"):
         fields[size] = fields[size] * config.image_size // 224
+    fields["short_side"] = round(fields["short_side"] * config.crop_zoom)
     # Background by entropy has no words and no threshold.
     has_background = dataset.has_background and changes.get("background_entropy") is None
     if not has_background:
@@ -1098,6 +1099,7 @@ RUNS = {  # of train.py
     "pacl": "runs/pacl",
     "groupvit": "runs/groupvit",
 }
+OWN_RUNS = {name: f"runs/own-{name}" for name in RUNS} | {"segclip": "runs/own"}  # of own pairs
 DEFAULT_CHECKPOINT = f"{RUNS['segclip']}/checkpoint.pt"
 # Fields of Protocol that are flags, too.
 PROTOCOL_FLAGS = (
@@ -1309,6 +1311,15 @@ def open_model(name_or_path, readout=None, activation=None, dino=None, vocabular
     return model, tokenizer
 
 
+def describe_resolution(protocol, config):
+    """One line: how large the model sees images, here and in its training."""
+    windows = f"windows of {protocol.window}" if protocol.window else "no windows"
+    smallest = config.image_size
+    largest = round(config.image_size * config.crop_zoom)
+    trained = f"; trained on crops at {smallest} to {largest}" if largest > smallest else ""
+    return f"inference resolution: short side {protocol.short_side}, {windows}{trained}"
+
+
 def output_folder(output, source, checkpoint):
     """--output, or of the scenes the checkpoint's own folder, or runs/SOURCE -> Path."""
     home = Path(checkpoint).parent
@@ -1345,6 +1356,8 @@ def main(argv=None):
     how = protocol, classes, args.batch_size, args.precision == "bf16"
     segmenter = open_segmenter(model.to(device), tokenizer, dataset, *how, **changes)
     output.mkdir(parents=True, exist_ok=True)
+    if rank == 0 and not args.classify:
+        print(describe_resolution(segmenter.protocol, model.config), file=sys.stderr)
     unknown = unknown_words(tokenizer, segmenter.protocol.classes)
     if rank == 0 and unknown and source not in DATASETS:
         print(f"rare or unknown in the captions of training: {', '.join(unknown)}", file=sys.stderr)

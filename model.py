@@ -59,6 +59,9 @@ class Config:
     stages: int = 2  # how often tokens are grouped, 1 or 2; first_stage_layers come before
     group_tokens: int = 64  # in the first stage; with two stages also the groups that it makes
     projector_width: int = 4096  # of the MLPs into the shared space
+    # How much larger objects are in the smallest training crops than in a whole image, for which
+    # evaluate.py enlarges images as much. 1: the inference resolution is the protocol's.
+    crop_zoom: float = 1.0
 
     def __post_init__(self):
         may_be_zero = (

@@ -18,6 +18,7 @@ import dataclasses
 import datetime
 import fcntl
 import functools
+import itertools
 import json
 import math
 import os
@@ -51,7 +52,6 @@ from data import (
     SCENE_WORDS,
     Batches,
     InMemory,
-    SampleError,
     SyntheticScenes,
     TrainingPairs,
     collate,
@@ -62,7 +62,7 @@ from data import (
     read_lines,
     start_worker,
 )
-from evaluate import RUNS, Parser, number
+from evaluate import OWN_RUNS, RUNS, Parser, number
 from losses import contrastive_loss, total_loss
 from model import CLIP, PACL, Block, Config, DenseCLIP, GroupViT, InputError, SegCLIP
 
@@ -108,6 +108,7 @@ GROUPVIT_SIZES = {
         "gumbel_tau": 1.0,
     },
 }
+VOCABULARY_CAPTIONS = 10_000
 PROMPTS = 3  # of GroupViT, beside the caption
 NO_NOUNS = (None, "none")
 SMALL_RECIPE = {
@@ -120,7 +121,10 @@ SMALL_RECIPE = {
     "lr": 1e-3,
     "warmup": 0.1,
     "crop_scale": 1.0,
+    "mirror": False,
 }
+# What it has for other pairs than the scenes: photographs show few scenes, at many scales.
+OWN_PAIRS = {"crop_scale": 0.2, "mirror": True, "nouns": None}
 # Section 3.2. The warm-up, the crop and what is frozen are those of the authors' code.
 PAPER_RECIPE = {
     "output": "runs/paper",
@@ -135,9 +139,11 @@ PAPER_RECIPE = {
     "clip_lr": 4e-6,
     "warmup": 0.15,
     "crop_scale": 0.5,
+    "mirror": False,
 }
 CONTRASTIVE = {"clip_lr": None, "reconstruction_weight": 0.0, "superpixel_weight": 0.0}
 CLIP_OF_SCENES = f"{RUNS['clip']}/checkpoint.pt"
+CLIP_OF_OWN = f"{OWN_RUNS['clip']}/checkpoint.pt"
 PACL_RECIPE = CONTRASTIVE | {"freeze": False, "weight_decay": 0.2}
 SMALL_PACL = {"init": CLIP_OF_SCENES, "nouns": "synthetic", "steps": 600, "lr": 3e-3}
 # As others quote the PACL paper; the crop and the text length are SegCLIP's.
@@ -165,7 +171,8 @@ RECIPES = {
     ("paper", "pacl"): PAPER_RECIPE | PACL_RECIPE | PAPER_PACL | {"output": "runs/paper-pacl"},
     ("paper", "groupvit"): PAPER_RECIPE | PAPER_GROUPVIT,
 }
-SIZES = {size.name: size for size in dataclasses.fields(Config) if size.name != "vocab_size"}
+SIZES = {size.name: size for size in dataclasses.fields(Config)}
+del SIZES["vocab_size"], SIZES["crop_zoom"]  # these follow
 # Sizes that --init with a plain CLIP does not decide.
 ADDED = (
     "num_centers",
@@ -219,10 +226,6 @@ RATE = number(float, 0, 1e3)
 
 def add_arguments(parser):
     add = parser.add_argument_group("the run").add_argument
-    add("--data", nargs="+", metavar="PAIRS",
-        help="one or more of: synthetic; CAPTIONS.json=FOLDER (COCO's or Karpathy's); LIST.tsv, "
-        ".csv, .txt or .jsonl (=FOLDER) with columns path, file or image, and caption, title or "
-        'text; "SHARDS{000..331}.tar" of img2dataset')
     add("--output", metavar="DIR", help="for checkpoint.pt and log.jsonl [%(default)s]")
     add("--resume", action="store_true",
         help="continue from the last checkpoint in DIR, if any; --steps may be other than before")
@@ -261,7 +264,8 @@ def add_recipe(add):
     add("--image-encoder", metavar="FILE",
         help="pacl: embed the patches of a DINO, dino_vitbase16_pretrain.pth [CLIP's]")
     add("--vocabulary", metavar="V",
-        help="learned, from the first captions; openai; or a file [%(default)s, or that of --init]")
+        help=f"learned, from up to {VOCABULARY_CAPTIONS:,} captions; openai; or a file "
+        "[%(default)s, or that of --init]")
     add("--text-length", type=number(int, 2), metavar="T",
         help="tokens of a caption, longer ones are cut [--context-length; paper: 32]")
     add("--nouns", metavar="FILE",
@@ -278,7 +282,9 @@ def add_recipe(add):
     add("--weight-decay", type=RATE, default=0.05, metavar="W",
         help="of everything but biases [%(default)s]")
     add("--crop-scale", type=number(float, 1e-4, 1), metavar="SHARE",
-        help="smallest share of an image in a crop [%(default)s]")
+        help="smallest share of an image in a crop [%(default)s; own pairs, small: 0.2]")
+    add("--mirror", action=argparse.BooleanOptionalAction,
+        help="half of the crops; not where captions have left and right [own pairs, small: yes]")
     add("--superpatch", choices=("floor", "majority"), default="floor",
         help="rule for patches on superpixel borders [%(default)s, the paper's]")
     for name, loss in (("reconstruction", "L_rec"), ("superpixel", "L_sup")):
@@ -298,9 +304,21 @@ def parse_args(argv=None):
         help="clip: the same encoders with CLIP's loss alone; pacl: an embedder for the patches "
         "of a frozen CLIP [%(default)s]",
     )
+    choices.add_argument(
+        "--data",
+        nargs="+",
+        metavar="PAIRS",
+        help="one or more of: synthetic; CAPTIONS.json=FOLDER (COCO's or Karpathy's); LIST.tsv, "
+        ".csv, .txt or .jsonl (=FOLDER) with columns path, file or image, and caption, title or "
+        'text; "SHARDS{000..331}.tar" of img2dataset',
+    )
     choices.add_argument("--from-scratch", action="store_true", help="paper: no --init")
     known, _ = choices.parse_known_args(argv)
     defaults = dict(RECIPES[known.recipe, known.method])
+    if known.recipe == "small" and known.data not in (None, ["synthetic"]):
+        defaults |= OWN_PAIRS | {"output": OWN_RUNS[known.method]}
+        if known.method == "pacl":
+            defaults["init"] = CLIP_OF_OWN
     if known.from_scratch:
         defaults |= {"init": None, "freeze": False, "clip_lr": None}
         defaults["lr"] = RECIPES[known.recipe, "segclip"]["lr"]
@@ -392,15 +410,10 @@ def build_model(method, init, config, sizes, vocab_size, image_encoder=None):
     return model
 
 
-def learn_vocabulary(source):
-    """A tokenizer with 500 merges, learned from the first 500 captions of a source."""
-    captions = []
-    for i in range(min(500, len(source))):
-        try:
-            captions.append(source[i].caption)
-        except SampleError:
-            continue
-    return Tokenizer.learn(captions, num_merges=500)
+def learn_vocabulary(sources):
+    """A tokenizer with 500 merges, learned from the first captions of the sources."""
+    captions = itertools.chain.from_iterable(source.captions() for source in sources)
+    return Tokenizer.learn(itertools.islice(captions, VOCABULARY_CAPTIONS), num_merges=500)
 
 
 def freeze(model, embeddings=False, reconstruction=False, prompts=False):
@@ -657,6 +670,7 @@ def introduce(state, saved, sources, batches, superpixels_needed, warmup):
     rank, world = rank_and_world()
     if rank:
         return
+    config = state.model.config
     for group in state.optimizer.param_groups:
         count = sum(p.numel() for p in group["params"]) / 1e6
         rates = f"lr {group['peak_lr']:.1e}  weight decay {group['weight_decay']}"
@@ -666,7 +680,6 @@ def introduce(state, saved, sources, batches, superpixels_needed, warmup):
     stores = [source.superpixels for source in sources if hasattr(source, "superpixels")]
     missing = sum(store.places is None for store in stores)
     if missing and superpixels_needed:
-        config = state.model.config
         sizes = f"--image-size {config.image_size} --patch-size {config.patch_size}"
         print(
             f"{missing} of {len(stores)} shards or lists have no superpixels; to compute them: "
@@ -677,6 +690,12 @@ def introduce(state, saved, sources, batches, superpixels_needed, warmup):
         f"{sum(batches.sizes):,} pairs, {steps} steps of {batches.batch_size}; a vocabulary of "
         f"{state.tokenizer.vocab_size} tokens; {world} x {state.device.type}, "
         f"{state.flags['precision']}"
+    )
+    mirrored = ", half of them mirrored" * state.flags["mirror"]
+    short_side = round(config.image_size * config.crop_zoom)
+    print(
+        f"crops of {state.flags['crop_scale']:.0%} of an image or more{mirrored}; "
+        f"inference resolution: short side {short_side}"
     )
     if saved:
         before = saved["flags"]["steps"]
@@ -718,13 +737,14 @@ def open_run(open_data, saved, path, method, init, config, sizes, vocabulary, im
     if saved:
         model = load_model(path)
         return model, Tokenizer(saved["merges"]), open_data(model.config)
-    if init == CLIP_OF_SCENES and not Path(init).exists():
-        raise InputError(f"{init}: run `python train.py --method clip`, or give another --init")
+    if init in (CLIP_OF_SCENES, CLIP_OF_OWN) and not Path(init).exists():
+        command = "python train.py --method clip" + " --data ..." * (init == CLIP_OF_OWN)
+        raise InputError(f"{init}: run `{command}`, or give another --init")
     sources = None
     if init is None:  # the vocabulary may be learned from the captions
         sources = open_data(config)
     if vocabulary == "learned" and sources:
-        tokenizer = learn_vocabulary(sources[0])
+        tokenizer = learn_vocabulary(sources)
     else:
         own = None if vocabulary in ("openai", "learned") else vocabulary
         tokenizer = load_tokenizer(init, own)
@@ -849,7 +869,8 @@ def make_loader(pairs, sources, batches, workers):
     scenes = all(isinstance(source, SyntheticScenes) for source in sources)
     total = sum(batches.sizes)
     again = total < len(batches.steps) * batches.batch_size
-    if scenes and again and pairs.crop_scale == 1 and not pairs.nouns:
+    random = pairs.crop_scale < 1 or pairs.mirror or pairs.nouns
+    if scenes and again and not random:
         if batches.rows.start == 0:  # the first process
             print(f"preparing {total:,} scenes, before the first step", flush=True)
         keys = [(i, i) for i in range(total)]
@@ -960,6 +981,8 @@ def main(argv=None):
     open_data = functools.partial(open_pairs, args.data, **options)
     init = args.method, args.init, config, sizes, args.vocabulary, args.image_encoder
     model, tokenizer, sources = open_run(open_data, saved, found, *init)
+    if args.recipe == "small":  # the paper's is evaluated at 224 pixels, though it has crops
+        model.config.crop_zoom = args.crop_scale**-0.5
     lengths = [len(source) for source in sources]
     steps = args.steps
     if steps is None:
@@ -977,6 +1000,7 @@ def main(argv=None):
         tokenizer,
         model.config,
         crop_scale=args.crop_scale,
+        mirror=args.mirror,
         seed=args.seed,
         text_length=args.text_length,
         rule=args.superpatch if args.superpixel_weight else None,

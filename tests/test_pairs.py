@@ -104,6 +104,19 @@ def assert_same_pair(one, other):
     assert all((a == b).all() for a, b in zip(one[:3], other[:3]))
 
 
+def test_mirrored_crops_keep_their_superpixels():
+    columns = np.tile(np.arange(0, 256, 8, dtype=np.uint8), (32, 1))  # a name for each column
+    image = np.repeat(columns[..., None], 3, axis=2)
+    pairs = training([data.Sample(image, None, "", "stripes", columns)], mirror=True)
+    directions = Counter()
+    for position in range(100):
+        crop, superpatch, _, _ = pairs[position, 0]
+        patches = crop[..., 0].reshape(4, 8, 4, 8).mean(axis=(1, 3)).ravel()
+        assert abs(patches - superpatch).max() < 8
+        directions[bool(crop[0, 0, 0] < crop[0, -1, 0])] += 1
+    assert min(directions[True], directions[False]) > 30
+
+
 # --------------------------------------------------------------------------------------------------
 # The order
 
@@ -467,6 +480,8 @@ def test_errors_of_lists(images, tmp_path):
     (tmp_path / "pairs.csv").write_bytes(b"".join(rows))
     found = kinds(all_pairs(open_all(tmp_path / "pairs.csv")))
     assert found == {"broken image": 1, "no caption in UTF-8": 2}
+    (source,) = open_pairs([str(tmp_path / "pairs.csv")], TINY, 0)
+    assert sorted(source.captions()) == [caption(i) for i in (0, 1, 5)]
     lines = [{"image": "images/0.jpg", "caption": "good"}, {"image": "images/0.jpg"}]
     lines += [{"caption": "no path"}, {"image": None, "caption": "x"}]
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)))

@@ -14,6 +14,7 @@ COMMANDS = {  # what of their output says that they came to the end
     "benchmark.py loader --smoke": "pairs/s",
     "benchmark.py pacl --smoke": "times less memory",
     "ablate.py --rows default --steps 2 --seeds 1 --limit 4 --output {folder}": "| 52.60 |",
+    "photographs.py --images 2 --val 1 --output {folder}": "2 images for training",
     "fuzz.py flags --count 3": "0 failures",
     "fuzz.py pictures --count 20": "0 failures",
     "analyse.py --checkpoint {checkpoint} --limit 4": "regions per image",

@@ -14,6 +14,7 @@ import sys
 import tarfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import skimage.data
@@ -671,6 +672,48 @@ def test_the_papers_values():
     args = train.parse_args(flags.split())
     assert (args.init, args.freeze, args.clip_lr, args.lr) == (None, False, None, 1e-3)
     assert (args.steps, args.epochs) == (5, None)
+
+
+def test_the_data_choose_the_defaults():
+    def chosen(flags):
+        args = train.parse_args(flags.split())
+        return args.crop_scale, args.mirror, args.nouns, args.output
+
+    assert chosen("") == chosen("--data synthetic") == (1, False, None, "runs/synthetic")
+    assert chosen("--data pairs.tsv") == (0.2, True, None, "runs/own")
+    assert chosen("--data synthetic pairs.tsv") == (0.2, True, None, "runs/own")
+    flags = "--data pairs.tsv --crop-scale 0.7 --no-mirror --output here"
+    assert chosen(flags) == (0.7, False, None, "here")
+    assert chosen("--recipe paper --data pairs.tsv") == (0.5, False, None, "runs/paper")
+    args = train.parse_args("--method pacl --data pairs.tsv".split())
+    assert (args.init, args.nouns) == ("runs/own-clip/checkpoint.pt", None)
+    assert train.parse_args("--method clip --data pairs.tsv".split()).output == "runs/own-clip"
+
+
+def test_the_vocabulary_has_the_words_of_all_sources():
+    sources = [SCENES, SimpleNamespace(captions=lambda: ["zebra"] * 600 + ["quagga"] * 9)]
+    tokenizer = train.learn_vocabulary(sources)
+    assert {len(tokenizer.pieces(word)) for word in ("zebra", "quagga", *SCENES.words)} == {1}
+
+
+@pytest.mark.parametrize(
+    "flags, short_side",  # of a model of 32 pixels
+    [("", 32), ("--data {own}", 72), ("--data {own} --crop-scale 0.5", 45), ("paper", 32)],
+)
+def test_the_crops_of_training_decide_the_inference_resolution(
+    tmp_path, clip_file, flags, short_side, capsys
+):
+    folder = tmp_path / "run"
+    if flags == "paper":
+        paper(folder, "--epochs 0")
+    else:
+        run(folder, f"--steps 0 {flags.format(own=write_list(tmp_path))}")
+    assert f"inference resolution: short side {short_side}\n" in capsys.readouterr().out
+    files = f"--vocabulary {tmp_path}/vocabulary.gz"
+    evaluates(folder / "checkpoint.pt", files)
+    assert f"inference resolution: short side {short_side}," in capsys.readouterr().err
+    used = json.loads((folder / "metrics.json").read_text())["protocol"]
+    assert (used["short_side"], used["window"], used["stride"]) == (short_side, 32, 32)
 
 
 def test_sizes_that_are_not_those_of_the_weights(tmp_path, clip_file):
