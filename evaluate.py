@@ -84,7 +84,8 @@ itap of my {}, a photo of a cool {}, a photo of a small {}, a tattoo of the {}""
 TEMPLATES = {n: [f"{template}." for template in templates] for n, templates in TEMPLATES.items()}
 # fmt: on
 
-# What SCLIP's tables have in place of a class's name, and what they count as background.
+# What stands in place of a class's name, by data set: one word in ClearCLIP's tables, and synonyms
+# and what counts as background in SCLIP's.
 PERSON = split_commas("""
 person, person in shirt, person in jeans, person in dress, person in sweater, person in skirt,
 person in jacket""")
@@ -92,42 +93,36 @@ SCREEN = split_commas("television monitor, tv monitor, monitor, television, scre
 BACKGROUND = split_commas("""
 sky, wall, tree, wood, grass, road, sea, river, mountain, sands, desk, bed, building, cloud, lamp,
 door, window, wardrobe, ceiling, shelf, curtain, stair, floor, hill, rail, fence""")
-VOC_WORDS = {"boat": ["ship"], "person": PERSON, "plant": ["pottedplant"], "monitor": SCREEN}
-CONTEXT_WORDS = {"airplane": ["aeroplane"], "plant": ["pottedplant"], "monitor": ["tvmonitor"]}
-SYNONYMS = {
-    "pascal_voc": VOC_WORDS | {"background": BACKGROUND},
-    "pascal_voc20": VOC_WORDS,
-    "pascal_context": CONTEXT_WORDS,
-    "pascal_context59": CONTEXT_WORDS,
+OF_VOC = {"boat": ["ship"], "plant": ["pottedplant"], "monitor": ["tvmonitor"]}
+OF_CONTEXT = {"airplane": ["aeroplane"], "plant": ["pottedplant"], "monitor": ["tvmonitor"]}
+PLAIN = {
+    "pascal_voc": OF_VOC,
+    "pascal_voc20": OF_VOC,
+    "pascal_context": OF_CONTEXT,
+    "pascal_context59": OF_CONTEXT,
+}
+SYNONYMS = PLAIN | {
+    "pascal_voc": OF_VOC | {"person": PERSON, "monitor": SCREEN, "background": BACKGROUND},
+    "pascal_voc20": OF_VOC | {"person": PERSON, "monitor": SCREEN},
     "coco_object": {"background": BACKGROUND, "person": [*PERSON, "body"]},
 }
-# ClearCLIP's, in place of the synonyms.
-PLAIN_WORDS = {
-    "boat": "ship",
-    "plant": "pottedplant",
-    "monitor": "tvmonitor",
-    "airplane": "aeroplane",
-}
 
 
-def class_words(kind, dataset, classes, has_background):
+def class_words(table, dataset, classes, has_background):
     """The words of each class, background among them where it has words -> list of lists.
 
-    kind: "names", "synonyms" or "plain". classes: the user's own list of lists, or None.
+    table: PLAIN, SYNONYMS, or None for the names alone. classes: the user's own list, or None.
     """
     words = classes or [[word] for word in dataset.words]
-    if kind == "names":
+    if table is None:
         return words
     if has_background:
         words = [["background"], *words]
     if classes:
         return words
     if dataset.name in ("coco_stuff", "ade20k", "cityscapes"):
-        words = [[word.replace(" ", "")] for [word] in words]
-    synonyms = SYNONYMS.get(dataset.name, {})
-    if kind == "synonyms":
-        return [synonyms.get(word, [word]) for [word] in words]
-    return [[PLAIN_WORDS.get(word, word) if word in synonyms else word] for [word] in words]
+        return [[word.replace(" ", "")] for [word] in words]
+    return [table.get(dataset.name, {}).get(word, [word]) for [word] in words]
 
 
 def read_classes(words):
@@ -174,7 +169,7 @@ def class_features(model, tokenizer, protocol):
 
 SCLIP = {
     "scoring": "cosines",
-    "words": "synonyms",
+    "words": SYNONYMS,
     "templates": 80,
     "short_side": 336,
     "window": 224,
@@ -183,7 +178,7 @@ SCLIP = {
     "background_threshold": 0.1,
 }
 CLEARCLIP = {
-    "words": "plain",
+    "words": PLAIN,
     "short_side": 448,
     "window": 448,
     "stride": 224,
@@ -192,7 +187,7 @@ CLEARCLIP = {
 }
 SEGCLIP = {
     "scoring": "regions",
-    "words": "names",
+    "words": None,
     "templates": 1,
     "short_side": 224,
     "window": 224,
