@@ -75,8 +75,8 @@ class Oracles:
         self.confusions["names perfect"].add(majority(regions, label), label)
         self.regions.append(len(np.unique(regions)))
 
-        how = self.segmenter.class_of_word, self.segmenter.scale, self.segmenter.protocol
-        scores = evaluate.class_scores(result.maps, *how)  # [C, h, w]
+        protocol = self.segmenter.protocol
+        scores = evaluate.class_scores(result.maps, self.segmenter.scale, protocol)  # [C, h, w]
         classes = [c for c in np.unique(label) if c < len(scores)]
         named = label.copy()
         for c in classes:
@@ -86,11 +86,10 @@ class Oracles:
             self.right_names.append(bool((named[label == c] == c).all()))
         self.confusions["grouping perfect"].add(named, label)
 
-        num_words = len(self.segmenter.protocol.classes)
-        first = len(scores) - num_words  # 1 where background has no word
+        first = len(scores) - len(protocol.classes)  # 1 where background has no word
         feature = F.normalize(result.features.float(), dim=-1)  # [windows, E]
         scores = feature @ self.segmenter.text.T
-        scores = max_over_synonyms(scores, self.segmenter.class_of_word, num_words).amax(dim=0)
+        scores = max_over_synonyms(scores, protocol.classes, dim=1).amax(dim=0)
         top = scores.argsort(descending=True)[: self.top_k].tolist()
         self.words_found += [c - first in top for c in classes if c >= first]
         if sample.caption:
@@ -139,8 +138,7 @@ def run_oracles(segmenter, tokenizer, dataset, limit, workers):
     names = evaluate.class_names(dataset, segmenter.protocol)
     confusion = Confusion(len(names))
     oracles = Oracles(len(names), segmenter, tokenizer)
-    indices = range(len(dataset))[:limit]
-    images = evaluate.load_images(segmenter, dataset, indices, workers, show_progress=True)
+    images = evaluate.load_images(segmenter, dataset, range(len(dataset))[:limit], workers, [])
     for sample, result in segmenter(images):
         if sample.label is not None:
             confusion.add(result.label, sample.label)
@@ -299,39 +297,17 @@ def parse_args(argv=None):
     return args
 
 
-def open_all(checkpoint, readout, args):
-    """-> Segmenter, tokenizer, data set, with the flags of evaluate.py."""
-    files = args.activation, args.dino, args.vocabulary
-    checkpoint = checkpoint or evaluate.DEFAULT_CHECKPOINT
-    model, tokenizer = evaluate.open_model(checkpoint, readout, *files)
-    classes = evaluate.read_classes(args.words) if args.words else None
-    has_background = args.background is not None or args.background_entropy is not None
-    how = model.config.image_size, classes, has_background, args.labels_dir, args.ignore
-    source = "images" if args.images else args.dataset
-    dataset = evaluate.open_dataset(source, args.images or args.data_root, *how)
-    changes = {name: getattr(args, name) for name in evaluate.PROTOCOL_FLAGS}
-    if args.background is not None and args.background >= 0:
-        changes["background_threshold"] = args.background
-    model.to(evaluate.pick_device(args.device))
-    how = args.protocol, classes, args.batch_size, args.precision == "bf16"
-    segmenter = evaluate.open_segmenter(model, tokenizer, dataset, *how, **changes)
-    return segmenter, tokenizer, dataset
-
-
 def main(argv=None):
     args = parse_args(argv)
+    device = evaluate.start_processes(args.device)
+    classes = evaluate.read_classes(args.words) if args.words else None
     if args.compare:
-        return compare(args)
-    segmenter, tokenizer, dataset = open_all(args.checkpoint, args.readout, args)
-    output = evaluate.output_folder(
-        args.output,
-        "images" if args.images else args.dataset,
-        args.checkpoint or evaluate.DEFAULT_CHECKPOINT,
-    )
-    output.mkdir(parents=True, exist_ok=True)
+        return compare(args, device, classes)
+    model = evaluate.choose_model(args.checkpoint, args.readout, classes)
+    segmenter, tokenizer, dataset, output = evaluate.open_all(args, device, *model, classes)
     if args.coherence:
         order = np.random.RandomState(0).permutation(len(dataset))[: args.limit].tolist()
-        images = evaluate.load_images(segmenter, dataset, order, args.workers)
+        images = evaluate.load_images(segmenter, dataset, order, args.workers, [])
         result = coherence(segmenter, images, output / "roc.png")
         print(f"{result['pairs']} pairs of patches")
         for kind, area in result["area"].items():
@@ -350,7 +326,7 @@ def main(argv=None):
     return metrics
 
 
-def compare(args):
+def compare(args, device, classes):
     """Prints a table in Markdown of the models that train.py left in runs/."""
     for method in evaluate.RUNS:
         checkpoint = Path(evaluate.RUNS[method], "checkpoint.pt")
@@ -362,7 +338,8 @@ def compare(args):
     print(f"|---|---|---|{'---|' * len(PUBLISHED_ON)}---|")
     for name, (method, readout, published, protocol) in COMPARED.items():
         checkpoint = f"{evaluate.RUNS[method]}/checkpoint.pt"
-        segmenter, tokenizer, dataset = open_all(checkpoint, readout, args)
+        how = device, checkpoint, readout, classes
+        segmenter, tokenizer, dataset, _ = evaluate.open_all(args, *how)
         metrics = run_oracles(segmenter, tokenizer, dataset, args.limit, args.workers)
         measured = [f"{100 * x:.1f} %" for x in (metrics["mIoU"], metrics["analysis"]["patches"])]
         print(f"| {' | '.join([name, *measured, *published.split(), protocol])} |", flush=True)
