@@ -4,6 +4,7 @@ Files are data: nothing that one holds is ever executed.
 """
 
 import dataclasses
+import fcntl
 import functools
 import gzip
 import hashlib
@@ -25,7 +26,6 @@ from pathlib import Path
 import ftfy
 import regex
 import torch
-from filelock import FileLock
 
 from model import CLIP, DINO, PACL, Config, DenseCLIP, GroupViT, InputError, SegCLIP
 
@@ -310,7 +310,8 @@ def fetch(name):
         url = url.replace(HUB, (os.environ.get("HF_ENDPOINT") or HUB).rstrip("/"))
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(f"{path}.lock"):  # of several processes, one downloads
+            with open(f"{path}.lock", "w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)  # of several processes, one downloads
                 return find(name) or download(url, path, sha256)
         except (OSError, HTTPException, ValueError) as error:
             failures.append(f"{url} ({error})")
@@ -550,13 +551,15 @@ def last_checkpoint(path):
 # From weights to models
 
 # Parts of other programs' names, replaced by ours in this order.
-TIMM_NAMES = {  # in the blocks of MAE's decoder and of DINO
+BLOCK_NAMES = {  # in the blocks of MAE's decoder, of DINO and of transformers
+    ".layer_norm": ".ln_",
+    ".self_attn.": ".attn.",
     ".norm1.": ".ln_1.",
     ".norm2.": ".ln_2.",
     ".attn.qkv.": ".attn.in_proj_",
     ".attn.proj.": ".attn.out_proj.",
-    ".mlp.fc1.": ".mlp.c_fc.",
-    ".mlp.fc2.": ".mlp.c_proj.",
+    ".fc1.": ".c_fc.",
+    ".fc2.": ".c_proj.",
 }
 AUTHORS_NAMES = {
     ".layers0.": ".resblocks.",
@@ -575,7 +578,7 @@ AUTHORS_NAMES = {
     "vis_mae_decoder.": "decoder.",
     "decoder.decoder_": "decoder.",
     "decoder.pred.": "decoder.pixels.",
-    **TIMM_NAMES,
+    **BLOCK_NAMES,
 }
 TRANSFORMERS_NAMES = {  # of CLIPModel
     "vision_model.": "visual.",
@@ -589,16 +592,14 @@ TRANSFORMERS_NAMES = {  # of CLIPModel
     "post_layernorm.": "ln_post.",
     "final_layer_norm.": "ln_final.",
     "encoder.layers.": "transformer.resblocks.",
-    ".layer_norm": ".ln_",
-    ".self_attn.": ".attn.",
-    **TIMM_NAMES,
+    **BLOCK_NAMES,
 }
 DINO_NAMES = {
     "backbone.": "",
     "cls_token": "class_embedding",
     "pos_embed": "positional_embedding",
     "patch_embed.proj.": "conv1.",
-    **TIMM_NAMES,
+    **BLOCK_NAMES,
     "norm.": "ln_post.",
     "blocks.": "transformer.resblocks.",
 }
@@ -621,8 +622,6 @@ GROUPVIT_NAMES = {  # of NVlabs' checkpoints, and of transformers'
     "img_encoder.norm.": "clip.visual.ln_post.",
     "img_encoder.layers.": "clip.visual.stages.",
     ".layers.": ".blocks.",
-    ".self_attn.": ".attn.",
-    ".layer_norm": ".ln_",
     "img_projector.": "visual_projection.",
     "text_projector.": "text_projection.",
     "_projection.linear_hidden.": "_projection.",
@@ -643,9 +642,7 @@ GROUPVIT_NAMES = {  # of NVlabs' checkpoints, and of transformers'
     ".downsample.assign.proj.": ".grouping.out_proj.",
     ".downsample.norm_new_x.": ".grouping.ln_out.",
     ".downsample.mlp_channels.": ".grouping.mlp_out.",
-    **TIMM_NAMES,
-    ".fc1.": ".c_fc.",
-    ".fc2.": ".c_proj.",
+    **BLOCK_NAMES,
 }
 SIGNS = {  # part of a name: the first that occurs tells the model
     "visual.stages.": "GroupViT",
@@ -737,6 +734,24 @@ def check_kind(state, needed, source):
         )
 
 
+def groupvit_sizes(state, last):
+    """The sizes that only a GroupViT has. last: blocks after its stages. Raises ValueError."""
+    tokens = state["visual.stages.0.group_tokens"]
+    stages = count_layers(state, "visual.stages.")
+    depths = [count_layers(state, f"visual.stages.{s}.blocks.") for s in range(stages)]
+    if {*depths[1:], last} != {last}:
+        raise ValueError(f"blocks in its stages: {[*depths, last]}")
+    groups = state[f"visual.stages.{stages - 1}.grouping.mixer.c_proj.bias"]
+    return {
+        "vision_layers": sum(depths) + last,
+        "first_stage_layers": depths[0],
+        "stages": stages,
+        "group_tokens": tokens.shape[0],
+        "num_centers": groups.shape[0],
+        "projector_width": state["visual.proj.0.bias"].shape[0],
+    }
+
+
 def config_from_shapes(kind, state, source, **known):
     """The Config of a model with our names: what its shapes tell, else `known`, else the paper's.
 
@@ -766,20 +781,7 @@ def config_from_shapes(kind, state, source, **known):
                 "text_layers": count_layers(state, "transformer.resblocks."),
             }
         if kind == "GroupViT":
-            tokens = state["visual.stages.0.group_tokens"]
-            stages = count_layers(state, "visual.stages.")
-            depths = [count_layers(state, f"visual.stages.{s}.blocks.") for s in range(stages)]
-            if {*depths[1:], layers} != {layers}:
-                raise ValueError(f"blocks in its stages: {[*depths, layers]}")
-            groups = state[f"visual.stages.{stages - 1}.grouping.mixer.c_proj.bias"]
-            sizes |= {
-                "vision_layers": sum(depths) + layers,
-                "first_stage_layers": depths[0],
-                "stages": stages,
-                "group_tokens": tokens.shape[0],
-                "num_centers": groups.shape[0],
-                "projector_width": state["visual.proj.0.bias"].shape[0],
-            }
+            sizes |= groupvit_sizes(state, layers)
         if kind == "SegCLIP":
             sizes |= {
                 "num_centers": state["group.centers"].shape[0],

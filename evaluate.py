@@ -13,8 +13,8 @@ if __name__ == "__main__":  # Ctrl-C during the imports ends the program without
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
-import colorsys
 import contextlib
+import dataclasses
 import functools
 import itertools
 import json
@@ -23,7 +23,6 @@ import multiprocessing
 import os
 import sys
 import traceback
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,9 +30,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from PIL import Image, ImageColor, ImageDraw, ImageFilter, ImageFont, ImageOps
 
-from clip_loader import MODELS, find, load_model, load_tokenizer, sha256_of
+from clip_loader import MODELS, fetch, find, load_model, load_tokenizer, sha256_of
 from data import (
     BENCHMARKS,
     ClassFolder,
@@ -84,7 +83,8 @@ itap of my {}, a photo of a cool {}, a photo of a small {}, a tattoo of the {}""
 TEMPLATES = {n: [f"{template}." for template in templates] for n, templates in TEMPLATES.items()}
 # fmt: on
 
-# What SCLIP's tables have in place of a class's name, and what they count as background.
+# What stands in place of a class's name, by data set: one word in ClearCLIP's tables, and synonyms
+# and what counts as background in SCLIP's.
 PERSON = split_commas("""
 person, person in shirt, person in jeans, person in dress, person in sweater, person in skirt,
 person in jacket""")
@@ -92,42 +92,36 @@ SCREEN = split_commas("television monitor, tv monitor, monitor, television, scre
 BACKGROUND = split_commas("""
 sky, wall, tree, wood, grass, road, sea, river, mountain, sands, desk, bed, building, cloud, lamp,
 door, window, wardrobe, ceiling, shelf, curtain, stair, floor, hill, rail, fence""")
-VOC_WORDS = {"boat": ["ship"], "person": PERSON, "plant": ["pottedplant"], "monitor": SCREEN}
-CONTEXT_WORDS = {"airplane": ["aeroplane"], "plant": ["pottedplant"], "monitor": ["tvmonitor"]}
-SYNONYMS = {
-    "pascal_voc": VOC_WORDS | {"background": BACKGROUND},
-    "pascal_voc20": VOC_WORDS,
-    "pascal_context": CONTEXT_WORDS,
-    "pascal_context59": CONTEXT_WORDS,
+OF_VOC = {"boat": ["ship"], "plant": ["pottedplant"], "monitor": ["tvmonitor"]}
+OF_CONTEXT = {"airplane": ["aeroplane"], "plant": ["pottedplant"], "monitor": ["tvmonitor"]}
+PLAIN = {
+    "pascal_voc": OF_VOC,
+    "pascal_voc20": OF_VOC,
+    "pascal_context": OF_CONTEXT,
+    "pascal_context59": OF_CONTEXT,
+}
+SYNONYMS = PLAIN | {
+    "pascal_voc": OF_VOC | {"person": PERSON, "monitor": SCREEN, "background": BACKGROUND},
+    "pascal_voc20": OF_VOC | {"person": PERSON, "monitor": SCREEN},
     "coco_object": {"background": BACKGROUND, "person": [*PERSON, "body"]},
 }
-# ClearCLIP's, in place of the synonyms.
-PLAIN_WORDS = {
-    "boat": "ship",
-    "plant": "pottedplant",
-    "monitor": "tvmonitor",
-    "airplane": "aeroplane",
-}
 
 
-def class_words(kind, dataset, classes, has_background):
+def class_words(table, dataset, classes, has_background):
     """The words of each class, background among them where it has words -> list of lists.
 
-    kind: "names", "synonyms" or "plain". classes: the user's own list of lists, or None.
+    table: PLAIN, SYNONYMS, or None for the names alone. classes: the user's own list, or None.
     """
     words = classes or [[word] for word in dataset.words]
-    if kind == "names":
+    if table is None:
         return words
     if has_background:
         words = [["background"], *words]
     if classes:
         return words
     if dataset.name in ("coco_stuff", "ade20k", "cityscapes"):
-        words = [[word.replace(" ", "")] for [word] in words]
-    synonyms = SYNONYMS.get(dataset.name, {})
-    if kind == "synonyms":
-        return [synonyms.get(word, [word]) for [word] in words]
-    return [[PLAIN_WORDS.get(word, word) if word in synonyms else word] for [word] in words]
+        return [[word.replace(" ", "")] for [word] in words]
+    return [table.get(dataset.name, {}).get(word, [word]) for [word] in words]
 
 
 def read_classes(words):
@@ -153,20 +147,17 @@ def read_classes(words):
 
 @torch.no_grad()
 def class_features(model, tokenizer, protocol):
-    """-> unit vectors of the Q words, means over templates [Q, E]; the class of each word [Q]."""
+    """-> unit vectors [Q, E] of the words of all classes, each the mean over the templates."""
     device = model.clip.logit_scale.device
     features = []
-    class_of_word = []
-    for c, words in enumerate(protocol.classes):
-        for word in words:
-            prompts = [template.format(word) for template in TEMPLATES[protocol.templates]]
-            text = tokenizer(prompts, model.config.context_length).to(device)
-            feature = model.encode_text(text)  # [templates, E]
-            if protocol.scoring == "cosines":  # as OpenAI and SCLIP; not so GroupViT
-                feature = F.normalize(feature, dim=-1)
-            features.append(F.normalize(feature.mean(dim=0), dim=-1))
-            class_of_word.append(c)
-    return torch.stack(features), torch.tensor(class_of_word, device=device)
+    for word in itertools.chain(*protocol.classes):
+        prompts = [template.format(word) for template in TEMPLATES[protocol.templates]]
+        text = tokenizer(prompts, model.config.context_length).to(device)
+        feature = model.encode_text(text)  # [templates, E]
+        if protocol.scoring == "cosines":  # as OpenAI and SCLIP; not so GroupViT
+            feature = F.normalize(feature, dim=-1)
+        features.append(F.normalize(feature.mean(dim=0), dim=-1))
+    return torch.stack(features)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -174,7 +165,7 @@ def class_features(model, tokenizer, protocol):
 
 SCLIP = {
     "scoring": "cosines",
-    "words": "synonyms",
+    "words": SYNONYMS,
     "templates": 80,
     "short_side": 336,
     "window": 224,
@@ -183,7 +174,7 @@ SCLIP = {
     "background_threshold": 0.1,
 }
 CLEARCLIP = {
-    "words": "plain",
+    "words": PLAIN,
     "short_side": 448,
     "window": 448,
     "stride": 224,
@@ -192,7 +183,7 @@ CLEARCLIP = {
 }
 SEGCLIP = {
     "scoring": "regions",
-    "words": "names",
+    "words": None,
     "templates": 1,
     "short_side": 224,
     "window": 224,
@@ -246,7 +237,7 @@ PROTOCOLS = {
 PROTOCOLS["dense"] = PROTOCOLS["sclip"]
 
 
-@dataclass
+@dataclasses.dataclass
 class Protocol:
     """How images become label maps. metrics.json has all of it. Sizes are in pixels."""
 
@@ -318,12 +309,12 @@ def window_starts(length, window, stride):
     return [min(i * stride, length - window) for i in range(count)]
 
 
-def max_over_synonyms(scores, class_of_word, num_classes):
-    """Scores of words [..., Q] -> of classes [..., C]."""
-    if len(class_of_word) == num_classes:
+def max_over_synonyms(scores, classes, dim):
+    """Scores of words -> of classes, along this dimension. classes: C lists of words."""
+    if scores.shape[dim] == len(classes):
         return scores
-    out = scores.new_full((*scores.shape[:-1], num_classes), -torch.inf)
-    return out.scatter_reduce(-1, class_of_word.expand(scores.shape), scores, "amax")
+    parts = scores.split([len(words) for words in classes], dim)
+    return torch.cat([part.amax(dim, keepdim=True) for part in parts], dim)
 
 
 def region_cosines(encoding, text):
@@ -355,15 +346,14 @@ def add_background(scores, threshold):
     return torch.cat([background[..., None], scores], dim=2)
 
 
-def entropy_background(cosines, class_of_word, scale, protocol):
+def entropy_background(cosines, scale, protocol):
     """PACL's background mask, from cosines [Q, H, W] -> [1, H, W].
 
     It is 1 where the entropy of the softmax over the classes, in nats, exceeds the threshold.
     """
-    cosines = max_over_synonyms(cosines.movedim(0, -1), class_of_word, len(protocol.classes))
-    log_p = (scale * cosines).log_softmax(dim=-1)
-    entropy = -(log_p.exp() * log_p).sum(dim=-1)
-    return (entropy > protocol.background_entropy)[None].to(cosines.dtype)
+    log_p = (scale * max_over_synonyms(cosines, protocol.classes, dim=0)).log_softmax(dim=0)
+    entropy = -(log_p.exp() * log_p).sum(dim=0, keepdim=True)
+    return (entropy > protocol.background_entropy).to(cosines.dtype)
 
 
 def spread(maps, patch, stride):
@@ -391,7 +381,7 @@ def pixel_regions(soft, size, grid, patch, stride):
     return upsample(maps, size, patch, stride).argmax(dim=1)
 
 
-def window_scores(encoding, text, class_of_word, scale, protocol):
+def window_scores(encoding, text, scale, protocol):
     """Scores of each window's regions -> [B, L, channels].
 
     Channels are classes, with background where it has a threshold; by cosines, words; with
@@ -400,7 +390,7 @@ def window_scores(encoding, text, class_of_word, scale, protocol):
     if protocol.scoring == "cosines":
         return region_cosines(encoding, text)
     scores = region_scores(encoding, text, scale, protocol.top_k)
-    scores = max_over_synonyms(scores, class_of_word, len(protocol.classes))
+    scores = max_over_synonyms(scores, protocol.classes, dim=2)
     if protocol.background_entropy is not None:
         return torch.cat([scores, region_cosines(encoding, text)], dim=2)
     if protocol.background_threshold is not None:
@@ -408,19 +398,15 @@ def window_scores(encoding, text, class_of_word, scale, protocol):
     return scores
 
 
-def class_scores(maps, class_of_word, scale, protocol):
+def class_scores(maps, scale, protocol):
     """The channels of window_scores on pixels [channels, H, W] -> scores of classes [C, H, W]."""
-    num_classes = len(protocol.classes)
     scores = cosines = maps
     if protocol.scoring == "cosines":  # probabilities, as in SCLIP
-        scale = protocol.logit_scale
-        scores = (scale * cosines).softmax(dim=0).movedim(0, -1)
-        scores = max_over_synonyms(scores, class_of_word, num_classes).movedim(-1, 0)
+        scores = max_over_synonyms((scale * cosines).softmax(dim=0), protocol.classes, dim=0)
     elif protocol.background_entropy is not None:
-        scores, cosines = maps.tensor_split([num_classes])
+        scores, cosines = maps.tensor_split([len(protocol.classes)])
     if protocol.background_entropy is not None:
-        background = entropy_background(cosines, class_of_word, scale, protocol)
-        scores = torch.cat([background, scores])
+        scores = torch.cat([entropy_background(cosines, scale, protocol), scores])
     return scores
 
 
@@ -506,17 +492,17 @@ class Segmentation(NamedTuple):
 
 
 class Segmenter:
-    """A model with words (features [Q, E], classes [Q]) and a protocol, ready to label images."""
+    """A model with the features of words [Q, E] and a protocol, ready to label images."""
 
-    def __init__(self, model, text, class_of_word, protocol, batch_size=16, bf16=False):
+    def __init__(self, model, text, protocol, batch_size=16, bf16=False):
         self.model = model
         self.text = text
-        self.class_of_word = class_of_word
         self.protocol = protocol
         self.batch_size = batch_size  # windows that are encoded together
         self.bf16 = bf16
-        # The model's own; by cosines protocol.logit_scale takes its place.
-        self.scale = model.clip.logit_scale.exp().clamp(max=100)
+        self.scale = protocol.logit_scale
+        if self.scale is None:
+            self.scale = model.clip.logit_scale.exp().clamp(max=100)
         self.patch = model.visual.patch_size
         self.stride = protocol.stride_trick or self.patch
 
@@ -540,44 +526,39 @@ class Segmenter:
         for sample, resized in images:
             image = torch.tensor(resized, device=self.text.device).permute(2, 0, 1)
             image = normalise(image)  # [3, h, w]
-            height, width = image.shape[1:]
-            if window:
-                ys, xs = (window_starts(n, window, self.protocol.stride) for n in (height, width))
-                starts = list(itertools.product(ys, xs))
-                crops += [image[:, y : y + window, x : x + window] for y, x in starts]
-            else:  # without the pixels beyond the last whole patch
-                starts = [(0, 0)]
-                rows, columns = (n // self.patch * self.patch for n in (height, width))
-                crops = [image[:, :rows, :columns]]
+            size = (window, window) if window else image.shape[1:]
+            sides = zip(image.shape[1:], size)
+            starts = [window_starts(*lengths, self.protocol.stride) for lengths in sides]
+            starts = list(itertools.product(*starts))
+            h, w = (side // self.patch * self.patch for side in size)  # whole patches only
+            crops += [image[:, y : y + h, x : x + w] for y, x in starts]
             waiting.append((sample, image, starts))
             if len(crops) >= self.batch_size or not window:
-                yield from self.finish(waiting, crops)
+                yield from self.finish(waiting, crops, size)
                 waiting = []
                 crops = []
         if waiting:
-            yield from self.finish(waiting, crops)
+            yield from self.finish(waiting, crops, size)
 
-    def finish(self, waiting, crops):
+    def finish(self, waiting, crops, size):
         """(sample, image [3, h, w], starts of its windows) ..., and the windows of all of them."""
         crops = torch.stack(crops)
         encoding = self.encode(crops)
         grid = self.model.visual.grid(*crops.shape[-2:])
-        scores = window_scores(encoding, self.text, self.class_of_word, self.scale, self.protocol)
-        channels = scores.shape[2]
-        window = self.protocol.window
-        size = (window, window) if window else waiting[0][1].shape[1:]
+        scores = window_scores(encoding, self.text, self.scale, self.protocol)  # [n, L, channels]
         how = self.patch, self.stride
-        if encoding.soft is not None:
+        by_patch = encoding.soft is None  # the regions are patches: interpolate between them
+        if not by_patch:
             regions = pixel_regions(encoding.soft, size, grid, *how)  # [n, *size]
         first = 0
         for sample, image, starts in waiting:
             seen = tuple(image.shape[1:])
-            maps = scores.new_zeros(channels, *seen)
+            maps = scores.new_zeros(scores.shape[2], *seen)
             count = scores.new_zeros(seen)
-            region_map = None if encoding.soft is None else torch.zeros_like(count, dtype=torch.int)
+            region_map = torch.zeros_like(count, dtype=torch.int)
             for i, (y, x) in enumerate(starts, first):
                 place = (..., slice(y, y + size[0]), slice(x, x + size[1]))
-                if encoding.soft is None:  # the regions are patches: interpolate between them
+                if by_patch:
                     patches = scores[i].T.unflatten(1, grid)[None]  # [1, channels, rows, columns]
                     maps[place] += upsample(patches, size, *how)[0]
                 else:
@@ -585,14 +566,13 @@ class Segmenter:
                     region_map[place] = regions[i] + (i - first) * scores.shape[1]
                 count[place] += 1
             maps = maps / count
-            if not window and encoding.soft is None:
+            if by_patch and not self.protocol.window:
                 # As in NACLIP, patches are upsampled to the image's own size in one step.
                 maps = spread(patches, *how)[0]
             features = encoding.features[first : first + len(starts)]
             first += len(starts)
             label = self.label(maps, sample.image, image).cpu().numpy()
-            if region_map is not None:
-                region_map = region_map.cpu().numpy()
+            region_map = None if by_patch else region_map.cpu().numpy()
             yield sample, Segmentation(label, region_map, seen, maps, features)
 
     def label(self, maps, original, image):
@@ -600,13 +580,10 @@ class Segmenter:
 
         original: uint8 [H, W, 3]. image: [3, h, w], as the model saw it.
         """
-        labels = []
         parts = self.scores_by_rows(maps, original, image)
         if self.protocol.area_threshold is not None:
             parts = drop_small_classes(list(parts), self.protocol.area_threshold)
-        for scores in parts:
-            labels.append(choose_classes(scores, self.protocol))
-        return torch.cat(labels)
+        return torch.cat([choose_classes(scores, self.protocol) for scores in parts])
 
     def scores_by_rows(self, maps, original, image):
         """Yields the scores of classes [C, rows, W] at the original size, a few rows at a time.
@@ -621,14 +598,14 @@ class Segmenter:
             top = max(first - margin, 0)
             bottom = min(last + margin, height)
             scores = upsample_rows(maps[None], size, top, bottom)[0]
-            if self.protocol.scoring == "cosines" and self.protocol.refine:
-                # SCLIP and NACLIP enlarge the reduced image again.
-                scores = pamr(scores, upsample_rows(image[None], size, top, bottom)[0])
-            elif self.protocol.refine:
-                guide = torch.tensor(original[top:bottom], device=image.device)
-                scores = pamr(scores, guide.permute(2, 0, 1).float())
-            scores = scores[:, first - top : last - top]
-            yield class_scores(scores, self.class_of_word, self.scale, self.protocol)
+            if self.protocol.refine:
+                if self.protocol.scoring == "cosines":  # SCLIP and NACLIP enlarge the reduced image
+                    guide = upsample_rows(image[None], size, top, bottom)[0]
+                else:
+                    guide = torch.tensor(original[top:bottom], device=image.device)
+                    guide = guide.permute(2, 0, 1).float()
+                scores = pamr(scores, guide)
+            yield class_scores(scores[:, first - top : last - top], self.scale, self.protocol)
 
 
 def load_image(dataset, protocol, patch, index):
@@ -641,15 +618,27 @@ def load_image(dataset, protocol, patch, index):
     return sample, resize_bilinear(sample.image, *size)
 
 
-def load_images(segmenter, dataset, indices, workers, show_progress=False, unreadable=None):
-    """Yields (sample, resized image) of these indices, read by worker processes.
+def try_to_load(*arguments):
+    """load_image, or what is wrong with the image."""
+    try:
+        return load_image(*arguments)
+    except InputError as error:
+        return str(error)
+
+
+def load_images(segmenter, dataset, indices, workers, unreadable=None):
+    """Yields (sample, resized image) of this process's share of these indices, in order.
 
     Those that cannot be read are appended to the list `unreadable`, and the first three named;
     without a list, one raises InputError.
     """
+    rank, world = rank_and_world()
+    indices = indices[rank::world]
     load = functools.partial(try_to_load, dataset, segmenter.protocol, segmenter.patch)
     images = parallel_map(load, indices, workers)
-    for image in progress(images, len(indices), "images") if show_progress else images:
+    if rank == 0:
+        images = progress(images, len(indices), "images")
+    for image in images:
         if isinstance(image, str) and unreadable is None:
             raise InputError(image)
         if isinstance(image, str):
@@ -658,14 +647,6 @@ def load_images(segmenter, dataset, indices, workers, show_progress=False, unrea
                 print(image, file=sys.stderr)
         else:
             yield image
-
-
-def try_to_load(*arguments):
-    """load_image, or what is wrong with the image."""
-    try:
-        return load_image(*arguments)
-    except InputError as error:
-        return str(error)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -712,12 +693,13 @@ def mean(values):
     return 0.0 if np.isnan(values).all() else float(np.nanmean(values))
 
 
-def sum_over_processes(counts, device):
-    """An array of integers, summed over all processes."""
-    total = torch.as_tensor(np.asarray(counts), device=device)
-    if dist.is_initialized():
-        dist.all_reduce(total)
-    return total.cpu().numpy()
+def sum_over_processes(device, *counts):
+    """Arrays of integers, each summed over all processes."""
+    for count in counts:
+        total = torch.as_tensor(np.asarray(count), device=device)
+        if dist.is_initialized():
+            dist.all_reduce(total)
+        yield total.cpu().numpy()
 
 
 def evaluate(segmenter, dataset, output=None, limit=None, workers=2):
@@ -727,15 +709,13 @@ def evaluate(segmenter, dataset, output=None, limit=None, workers=2):
     images. "images" counts those with a label map, without which there is no mIoU; "unreadable"
     those that were left out.
     """
-    rank, world = rank_and_world()
     names = class_names(dataset, segmenter.protocol)
     colours = palette(len(names))
     confusion = Confusion(len(names))
     labelled = 0
     unreadable = []
     examples = []
-    indices = range(len(dataset))[:limit][rank::world]
-    images = load_images(segmenter, dataset, indices, workers, rank == 0, unreadable)
+    images = load_images(segmenter, dataset, range(len(dataset))[:limit], workers, unreadable)
     for sample, result in segmenter(images):
         if output:
             save_label(output / "predictions" / f"{sample.name}.png", result.label, colours)
@@ -744,25 +724,23 @@ def evaluate(segmenter, dataset, output=None, limit=None, workers=2):
             labelled += 1
         if len(examples) < 6:
             examples.append((sample.image, sample.label, result.regions, result.label))
-    device = segmenter.text.device
-    confusion.counts = sum_over_processes(confusion.counts, device)
-    counts = sum_over_processes([labelled, len(unreadable)], device).tolist()
+    counts = confusion.counts, labelled, len(unreadable)
+    confusion.counts, images, left_out = sum_over_processes(segmenter.text.device, *counts)
+    rank, _ = rank_and_world()
     if rank:
         return {}
     if output and examples:
         draw_examples(examples, names, colours, output / "examples.png")
-    metrics = dict(zip(("images", "unreadable"), counts))
-    if not metrics["images"]:
-        return metrics
-    iou = {name: None if np.isnan(x) else float(x) for name, x in zip(names, confusion.iou())}
-    return confusion.summary() | {"IoU": iou} | metrics
+    metrics = {"images": int(images), "unreadable": int(left_out)}
+    if images:
+        iou = [None if np.isnan(x) else float(x) for x in confusion.iou()]
+        metrics |= confusion.summary() | {"IoU": dict(zip(names, iou))}
+    return metrics
 
 
 def class_names(dataset, protocol):
-    background = (
-        protocol.background_threshold is not None or protocol.background_entropy is not None
-    )
-    return ["background"] * background + dataset.words
+    thresholds = protocol.background_threshold, protocol.background_entropy
+    return ["background"] * (thresholds != (None, None)) + dataset.words
 
 
 # Zero-shot classification
@@ -787,32 +765,29 @@ def image_scores(model, encoding, text):
 @torch.inference_mode()
 def classify(segmenter, dataset, limit=None, workers=2):
     """Zero-shot classification of a ClassFolder -> on the first process its metrics, else {}."""
-    rank, world = rank_and_world()
     num_classes = len(dataset.words)
     counts = np.zeros((3, num_classes), np.int64)  # images of a class, top-1 correct, top-5 correct
     unreadable = []
-    indices = range(len(dataset))[:limit][rank::world]
-    images = load_images(segmenter, dataset, indices, workers, rank == 0, unreadable)
+    images = load_images(segmenter, dataset, range(len(dataset))[:limit], workers, unreadable)
     while batch := list(itertools.islice(images, segmenter.batch_size)):
         samples, crops = zip(*batch)
         image = torch.as_tensor(np.stack(crops), device=segmenter.text.device)
         encoding = segmenter.encode(normalise(image.permute(0, 3, 1, 2)))
         scores = image_scores(segmenter.model, encoding, segmenter.text)
-        scores = max_over_synonyms(scores, segmenter.class_of_word, num_classes)
+        scores = max_over_synonyms(scores, segmenter.protocol.classes, dim=1)
         top = scores.topk(min(5, num_classes)).indices.cpu().numpy()  # [B, 5]
         for sample, best in zip(samples, top):
             counts[:, sample.label] += [1, best[0] == sample.label, sample.label in best]
-    device = segmenter.text.device
-    counts = sum_over_processes(counts, device)
-    left_out = sum_over_processes([len(unreadable)], device).item()
+    counts = counts, len(unreadable)
+    counts, left_out = sum_over_processes(segmenter.text.device, *counts)
     total, top_1, top_5 = counts.sum(axis=1).tolist()
+    rank, _ = rank_and_world()
     if rank or not total:
         return {}
-    accuracy = {}
-    for name, (number, correct, _) in zip(dataset.folders, counts.T.tolist()):
-        accuracy[name] = correct / number if number else None
-    metrics = {"top-1": top_1 / total, "top-5": top_5 / total, "accuracy": accuracy}
-    return metrics | {"images": total, "unreadable": left_out}
+    accuracy = [correct / number if number else None for number, correct, _ in counts.T.tolist()]
+    metrics = {"images": total, "unreadable": int(left_out)}
+    metrics |= {"top-1": top_1 / total, "top-5": top_5 / total}
+    return metrics | {"accuracy": dict(zip(dataset.folders, accuracy))}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -826,13 +801,12 @@ aaffc3 808000 ffd8b1 000075 808080""".split()
 
 def palette(n):
     """n colours -> uint8 [n, 3]; after the first ones, hues a golden ratio of the circle apart."""
-    colours = [tuple(bytes.fromhex(colour)) for colour in COLOURS[:n]]
+    colours = [f"#{colour}" for colour in COLOURS[:n]]
     for i in range(n - len(colours)):
-        saturation = (0.85, 0.55)[i % 2]
-        value = (0.95, 0.75, 0.55)[i % 3]
-        red, green, blue = colorsys.hsv_to_rgb(i * 0.618 % 1, saturation, value)
-        colours.append((255 * red, 255 * green, 255 * blue))
-    return np.array(colours).astype(np.uint8)
+        saturation = (85, 55)[i % 2]
+        value = (95, 75, 55)[i % 3]
+        colours.append(f"hsv({i * 222.5 % 360}, {saturation}%, {value}%)")
+    return np.array([ImageColor.getrgb(colour) for colour in colours], np.uint8)
 
 
 # Fonts of Linux, macOS and Windows, for words that Pillow's own font cannot write.
@@ -874,75 +848,62 @@ def with_legend(image, entries):
     return sheet
 
 
-def picture_of(image, longest=2048):
-    """uint8 [H, W, 3] -> a PIL image whose long side has at most so many pixels."""
-    picture = Image.fromarray(image)
-    picture.thumbnail((longest, longest))
-    return picture
+def paint(numbers, colours, size):
+    """An integer array [h, w] -> a PIL image of this size (W, H), a colour for each number."""
+    picture = Image.fromarray(np.take(colours, numbers, axis=0, mode="wrap"))
+    return picture.resize(size, Image.NEAREST)
 
 
-def enlarge(values, size):
-    """An array [h, w, ...] -> with the size (W, H) of a PIL image, the nearest value each."""
-    return np.asarray(Image.fromarray(values).resize(size, Image.NEAREST))
-
-
-def overlay(image, label, colours):
+def overlay(picture, label, colours):
     """The colours of the labels over the grey image, with white outlines -> a PIL image."""
     from skimage.segmentation import find_boundaries  # here, since it takes a while to load
 
-    picture = picture_of(image)
+    grey = picture.convert("L").convert("RGB")
+    mixed = np.array(Image.blend(grey, paint(label, colours, picture.size), 0.5))
     label = Image.fromarray(label).resize(picture.size, Image.NEAREST)
-    colour = Image.fromarray(colours[np.asarray(label)])
-    mixed = np.array(Image.blend(picture.convert("L").convert("RGB"), colour, 0.5))
     smooth = label.filter(ImageFilter.ModeFilter(5))  # single pixels have no outline
     mixed[find_boundaries(np.asarray(smooth), mode="inner")] = 255
     return Image.fromarray(mixed)
 
 
-def heat(image, scores, word):
+def heat(picture, scores, word):
     """Scores [h, w] over the grey image: from dark (lowest) through red to yellow, with legend."""
-    picture = picture_of(image)
     low, high = scores.min(), scores.max()
-    scores = (scores - low) / max(high - low, 1e-9)
-    scores = Image.fromarray(scores.astype(np.float32)).resize(picture.size, Image.BILINEAR)
-    scores = np.asarray(scores)
-    dark = 0.4 * np.asarray(picture.convert("L"))
-    red = dark + (255 - dark) * (2 * scores).clip(max=1)
-    green = dark + (230 - dark) * (2 * scores - 1).clip(min=0)
-    mixed = np.stack([red, green, dark * (1 - scores)], axis=-1).astype(np.uint8)
-    entries = [((50, 50, 50), f"{word}: {low:.3g}"), ((255, 230, 0), f"{high:.3g}")]
-    return with_legend(Image.fromarray(mixed), entries)
+    shares = (255 * (scores - low) / max(high - low, 1e-9)).astype(np.uint8)
+    shares = Image.fromarray(shares).resize(picture.size, Image.BILINEAR)
+    dark, bright = (50, 50, 50), (255, 230, 0)
+    colour = ImageOps.colorize(shares, dark, bright, mid="red")
+    mixed = Image.blend(picture.convert("L").convert("RGB"), colour, 0.6)
+    return with_legend(mixed, [(dark, f"{word}: {low:.3g}"), (bright, f"{high:.3g}")])
 
 
 def draw_examples(examples, words, colours, path, width=200):
     """One row per example: (image, label or None, regions or None, prediction)."""
-    titles = ["image", "ground truth", "regions", "result"]
-    columns = [c for c in range(4) if any(example[c] is not None for example in examples)]
     colours = np.vstack([colours, np.full((256 - len(colours), 3), 255, np.uint8)])  # 255 is white
-    margin = 8
-    used = set()
+    titles = ("image", "ground truth", "regions", "result")
+    tables = (None, colours, palette(64), colours)
+    columns = [c for c in range(4) if any(example[c] is not None for example in examples)]
     rows = []
-    for image, label, regions, prediction in examples:
-        height = min(max(1, round(width * image.shape[0] / image.shape[1])), 2 * width)
-        size = (width, height)
-        tiles = [Image.fromarray(image).resize(size), None, None, None]
-        for column, numbers in ((1, label), (3, prediction)):
-            if numbers is not None:
-                tiles[column] = Image.fromarray(colours[enlarge(numbers, size)])
-                used |= set(np.unique(numbers))
-        if regions is not None:
-            regions = palette(64)[regions % 64]
-            tiles[2] = Image.fromarray(enlarge(regions, size))
-        rows.append(tiles)
-    heights = [tiles[0].height + margin for tiles in rows]
-    sheet = Image.new("RGB", (margin + len(columns) * (width + margin), 24 + sum(heights)), "white")
+    for example in examples:
+        height = round(width * example[0].shape[0] / example[0].shape[1])
+        size = width, min(max(1, height), 2 * width)
+        tiles = []
+        for column in columns:
+            numbers = example[column]
+            tile = Image.new("RGB", size, "white")
+            if column == 0:
+                tile = Image.fromarray(numbers).resize(size)
+            elif numbers is not None:
+                tile = paint(numbers, tables[column], size)
+            tiles.append(ImageOps.expand(tile, 4, "white"))
+        rows.append(np.hstack(tiles))
+    sheet = ImageOps.expand(Image.fromarray(np.vstack(rows)), (0, 24, 0, 0), "white")
     draw = ImageDraw.Draw(sheet)
     for n, column in enumerate(columns):
-        x = margin + n * (width + margin)
+        x = 4 + n * (width + 8)
         draw.text((x, 5), titles[column], "black", ImageFont.load_default(14))
-        for row, tiles in enumerate(rows):
-            if tiles[column]:
-                sheet.paste(tiles[column], (x, 24 + sum(heights[:row])))
+    label_maps = [x for _, truth, _, result in examples for x in (truth, result) if x is not None]
+    used = set().union(*map(np.unique, label_maps))
     entries = [(colours[c], words[c]) for c in sorted(used - {255})]
     if 255 in used:
         entries.append((colours[255], "not scored"))
@@ -962,6 +923,8 @@ def show_image(segmenter, dataset, output, with_heat):
     """Writes overlay, labels and regions of a data set's one image; prints the classes' shares."""
     images = [load_image(dataset, segmenter.protocol, segmenter.patch, 0)]
     ((sample, result),) = segmenter(images)
+    picture = Image.fromarray(sample.image)
+    picture.thumbnail((2048, 2048))
     words = class_names(dataset, segmenter.protocol)
     colours = palette(len(words))
     share = 100 * np.bincount(result.label.ravel(), minlength=len(words)) / result.label.size
@@ -969,17 +932,15 @@ def show_image(segmenter, dataset, output, with_heat):
     for c in present:
         print(f"{words[c]:>20}  {share[c]:5.1f} %")
     entries = [(colours[c], f"{words[c]} {share[c]:.1f} %") for c in present]
-    files = {"overlay": with_legend(overlay(sample.image, result.label, colours), entries)}
+    files = {"overlay": with_legend(overlay(picture, result.label, colours), entries)}
     if result.regions is not None:
-        regions = palette(64)[result.regions % 64]
-        size = picture_of(sample.image).size
-        files["regions"] = Image.fromarray(enlarge(regions, size))
+        files["regions"] = paint(result.regions, palette(64), picture.size)
     if with_heat:
-        how = segmenter.class_of_word, segmenter.scale, segmenter.protocol
-        scores = class_scores(result.maps, *how).float().cpu().numpy()
+        scores = class_scores(result.maps, segmenter.scale, segmenter.protocol)
         for c, word in enumerate(words):
             letters = "".join(letter if letter.isalnum() else "_" for letter in word)
-            files[f"heat_{c}_{letters[:60]}"] = heat(sample.image, scores[c], word)
+            heat_map = heat(picture, scores[c].float().cpu().numpy(), word)
+            files[f"heat_{c}_{letters[:60]}"] = heat_map
     paths = {name: output / f"{sample.name}_{name}.png" for name in ("labels", *files)}
     save_label(paths["labels"], result.label, colours)
     for name, picture in files.items():
@@ -1136,7 +1097,7 @@ def add_arguments(parser):
     add = parser.add_argument_group("the model").add_argument
     add("--checkpoint", "--model", metavar="FILE",
         help="of train.py, the authors' segclip.bin, a GroupViT or a CLIP: a file, or ViT-B/16 "
-        f"[{DEFAULT_CHECKPOINT}; own images with words that it does not know: ViT-B/16]")
+        f"[{DEFAULT_CHECKPOINT}; for --words that it does not know: ViT-B/16]")
     add("--readout", choices=READOUTS,
         help="how a CLIP's last block makes patch tokens; see read_out in model.py [clip]")
     add("--dino", metavar="FILE",
@@ -1201,42 +1162,20 @@ def parse_args(argv=None, parser=None):
         parser.error("--ignore is for --labels-dir")
     if args.background is not None and args.background_entropy is not None:
         parser.error("--background-entropy: it is this or --background")
-    if args.classify:
-        for name in (*PROTOCOL_FLAGS, "background"):
-            if name not in ("templates", "stride_trick") and getattr(args, name) is not None:
-                parser.error(f"--classify has no --{name.replace('_', '-')}")
-        if args.protocol != "segclip":
-            parser.error("--classify has no --protocol")
+    if args.classify and args.protocol != "segclip":
+        parser.error("--classify has no --protocol")
+    for name in PROTOCOL_FLAGS:
+        value = getattr(args, name)
+        if args.classify and value is not None and name not in ("templates", "stride_trick"):
+            parser.error(f"--classify has no --{name.replace('_', '-')}")
     return args
 
 
-def open_dataset(
-    name,
-    root,
-    image_size=None,
-    classes=None,
-    has_background=False,
-    labels=None,
-    ignored=(),
-    output=None,
-):
-    """A data set by its name -> scenes of this size, or what lies in a folder. Raises InputError.
-
-    name: one of DATASETS, or for your own files "image", "images" or "classify". Of --images:
-    classes, lists of words; has_background; labels, ignored and output as for ImageFolder.
-    """
-    if name in ("image", "images"):
-        words = [synonyms[0] for synonyms in classes]
-        return ImageFolder(root, labels, words, has_background, output, ignored)
-    if name == "classify":
-        return ClassFolder(root)
+def open_dataset(name, root, image_size):
+    """One of DATASETS: scenes of this size, or a benchmark in the folder root."""
     if name in SCENES:
-        dataset = SyntheticScenes(image_size, split=SCENES[name])
-    else:
-        dataset = SegmentationFolder(name, root)
-    if has_background and not dataset.has_background:
-        raise InputError(f"--background(-entropy): {name} has no background")
-    return dataset
+        return SyntheticScenes(image_size, split=SCENES[name])
+    return SegmentationFolder(name, root)
 
 
 def open_segmenter(
@@ -1254,8 +1193,8 @@ def open_segmenter(
     classes: words in place of the data set's. changes: see choose_protocol. Raises InputError.
     """
     protocol = choose_protocol(protocol, dataset, model.config, classes, **changes)
-    text, class_of_word = class_features(model, tokenizer, protocol)
-    return Segmenter(model.eval(), text, class_of_word, protocol, batch_size, bf16)
+    text = class_features(model.eval(), tokenizer, protocol)
+    return Segmenter(model, text, protocol, batch_size, bf16)
 
 
 def unknown_words(tokenizer, classes):
@@ -1266,25 +1205,27 @@ def unknown_words(tokenizer, classes):
     return [w for w in words if any(len(tokenizer.pieces(part)) > 1 for part in tokenizer.words(w))]
 
 
-def default_model(classes):
-    """What labels images if no --checkpoint was given -> checkpoint, read-out or None.
+def choose_model(checkpoint, readout, classes):
+    """-> the checkpoint and the read-out to use. Raises InputError.
 
-    The model of train.py, if it knows the words; else a CLIP that is in the cache. Raises
-    InputError.
+    Without a checkpoint, the model of train.py; or, if there are classes with words that it does
+    not know, a CLIP that is in the cache.
     """
-    unknown = []
-    if os.path.exists(DEFAULT_CHECKPOINT):
-        unknown = unknown_words(load_tokenizer(DEFAULT_CHECKPOINT), classes)
-        if not unknown:
-            return DEFAULT_CHECKPOINT, None
+    if checkpoint:
+        return checkpoint, readout
     reason = f"{DEFAULT_CHECKPOINT} does not exist"
-    if unknown:
+    if os.path.exists(DEFAULT_CHECKPOINT):
+        unknown = unknown_words(load_tokenizer(DEFAULT_CHECKPOINT), classes or [])
+        if not unknown:
+            return DEFAULT_CHECKPOINT, readout
         reason = f"{DEFAULT_CHECKPOINT} does not know {', '.join(unknown)}"
+    if not classes:
+        raise InputError(f"{reason}; run `python train.py`, or give --checkpoint FILE")
     flags = "--checkpoint ViT-B/16 --readout naclip"
     if not find("ViT-B/16"):
         raise InputError(f"{reason}; add {flags}, which downloads 600 MB once")
     print(f"{reason}: using {flags}", file=sys.stderr)
-    return "ViT-B/16", "naclip"
+    return "ViT-B/16", readout or "naclip"
 
 
 def report(metrics):
@@ -1300,10 +1241,7 @@ def report(metrics):
 
 def open_model(name_or_path, readout=None, activation=None, dino=None, vocabulary=None):
     """-> model, tokenizer. Raises InputError."""
-    if name_or_path == DEFAULT_CHECKPOINT and not os.path.exists(name_or_path):
-        advice = "run `python train.py`, or give --checkpoint FILE"
-        raise InputError(f"{name_or_path}: does not exist; {advice}")
-    model = load_model(name_or_path, readout or "clip", activation, dino).eval()
+    model = load_model(name_or_path, readout or "clip", activation, dino)
     tokenizer = load_tokenizer(name_or_path, vocabulary)
     if model.config.vocab_size != tokenizer.vocab_size:
         sizes = f"{model.config.vocab_size} tokens, but the vocabulary has {tokenizer.vocab_size}"
@@ -1320,46 +1258,48 @@ def describe_resolution(protocol, config):
     return f"inference resolution: short side {protocol.short_side}, {windows}{trained}"
 
 
-def output_folder(output, source, checkpoint):
-    """--output, or of the scenes the checkpoint's own folder, or runs/SOURCE -> Path."""
+def output_folder(source, checkpoint):
+    """Where results go without --output: of scenes, to the checkpoint's own folder -> Path."""
     home = Path(checkpoint).parent
     if checkpoint in MODELS:
         home = Path("runs", checkpoint.replace("/", "-"))
     homes = {"synthetic": home, "synthetic-unseen": home / "unseen"}
-    return Path(output or homes.get(source, f"runs/{source}"))
+    return homes.get(source, Path("runs", source))
 
 
 def main(argv=None):
     args = parse_args(argv)
     device = start_processes(args.device)
-    rank, _ = rank_and_world()
-    kinds = {"image": args.image, "images": args.images, "classify": args.classify}
-    kinds = {kind: path for kind, path in kinds.items() if path} or {args.dataset: args.data_root}
-    ((source, root),) = kinds.items()
     classes = read_classes(args.words) if args.words else None
-    checkpoint = args.checkpoint or DEFAULT_CHECKPOINT
-    readout = args.readout
-    if not args.checkpoint and (args.image or args.images):
-        checkpoint, best = default_model(classes)
-        readout = readout or best
+    checkpoint, readout = choose_model(args.checkpoint, args.readout, classes)
     files = args.activation, args.dino, args.vocabulary
     model, tokenizer = open_model(checkpoint, readout, *files)
-    output = output_folder(args.output, source, checkpoint)
+    kinds = {"image": args.image, "images": args.images, "classify": args.classify}
+    source = next((kind for kind, path in kinds.items() if path), args.dataset)
+    output = Path(args.output or output_folder(source, checkpoint))
     has_background = args.background is not None or args.background_entropy is not None
-    labels = {"labels": args.labels_dir, "ignored": args.ignore, "output": output}
-    how = model.config.image_size, classes, has_background
-    dataset = open_dataset(source, root, *how, **labels)
+    if args.classify:
+        dataset = ClassFolder(args.classify)
+    elif args.image or args.images:
+        words = [synonyms[0] for synonyms in classes]
+        how = args.labels_dir, words, has_background, output, args.ignore
+        dataset = ImageFolder(args.image or args.images, *how)
+    else:
+        dataset = open_dataset(args.dataset, args.data_root, model.config.image_size)
+        if has_background and not dataset.has_background:
+            raise InputError(f"--background(-entropy): {args.dataset} has no background")
     changes = {name: getattr(args, name) for name in PROTOCOL_FLAGS}
-    if args.background is not None and args.background >= 0:
+    if args.background != -1:
         changes["background_threshold"] = args.background
     protocol = "classify" if args.classify else args.protocol
     how = protocol, classes, args.batch_size, args.precision == "bf16"
     segmenter = open_segmenter(model.to(device), tokenizer, dataset, *how, **changes)
     output.mkdir(parents=True, exist_ok=True)
+    rank, _ = rank_and_world()
     if rank == 0 and not args.classify:
         print(describe_resolution(segmenter.protocol, model.config), file=sys.stderr)
     unknown = unknown_words(tokenizer, segmenter.protocol.classes)
-    if rank == 0 and unknown and source not in DATASETS:
+    if rank == 0 and unknown and dataset.name not in DATASETS:
         print(f"rare or unknown in the captions of training: {', '.join(unknown)}", file=sys.stderr)
     if args.image:
         if rank == 0:
@@ -1372,7 +1312,7 @@ def main(argv=None):
     if rank:
         return
     if metrics.get("images"):
-        path = find(checkpoint) if checkpoint in MODELS else checkpoint
+        path = fetch(checkpoint) if checkpoint in MODELS else checkpoint
         metrics["checkpoint_sha256"] = sha256_of(path)
         metrics["protocol"] = vars(segmenter.protocol)
         metrics["flags"] = {name: value for name, value in vars(args).items() if value is not None}

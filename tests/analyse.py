@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import evaluate
-from data import normalise
+from data import ImageFolder, normalise
 from evaluate import Confusion, max_over_synonyms, mean, window_starts
 from model import InputError
 
@@ -75,8 +75,8 @@ class Oracles:
         self.confusions["names perfect"].add(majority(regions, label), label)
         self.regions.append(len(np.unique(regions)))
 
-        how = self.segmenter.class_of_word, self.segmenter.scale, self.segmenter.protocol
-        scores = evaluate.class_scores(result.maps, *how)  # [C, h, w]
+        protocol = self.segmenter.protocol
+        scores = evaluate.class_scores(result.maps, self.segmenter.scale, protocol)  # [C, h, w]
         classes = [c for c in np.unique(label) if c < len(scores)]
         named = label.copy()
         for c in classes:
@@ -86,11 +86,10 @@ class Oracles:
             self.right_names.append(bool((named[label == c] == c).all()))
         self.confusions["grouping perfect"].add(named, label)
 
-        num_words = len(self.segmenter.protocol.classes)
-        first = len(scores) - num_words  # 1 where background has no word
+        first = len(scores) - len(protocol.classes)  # 1 where background has no word
         feature = F.normalize(result.features.float(), dim=-1)  # [windows, E]
         scores = feature @ self.segmenter.text.T
-        scores = max_over_synonyms(scores, self.segmenter.class_of_word, num_words).amax(dim=0)
+        scores = max_over_synonyms(scores, protocol.classes, dim=1).amax(dim=0)
         top = scores.argsort(descending=True)[: self.top_k].tolist()
         self.words_found += [c - first in top for c in classes if c >= first]
         if sample.caption:
@@ -139,8 +138,7 @@ def run_oracles(segmenter, tokenizer, dataset, limit, workers):
     names = evaluate.class_names(dataset, segmenter.protocol)
     confusion = Confusion(len(names))
     oracles = Oracles(len(names), segmenter, tokenizer)
-    indices = range(len(dataset))[:limit]
-    images = evaluate.load_images(segmenter, dataset, indices, workers, show_progress=True)
+    images = evaluate.load_images(segmenter, dataset, range(len(dataset))[:limit], workers, [])
     for sample, result in segmenter(images):
         if sample.label is not None:
             confusion.add(result.label, sample.label)
@@ -302,15 +300,16 @@ def parse_args(argv=None):
 def open_all(checkpoint, readout, args):
     """-> Segmenter, tokenizer, data set, with the flags of evaluate.py."""
     files = args.activation, args.dino, args.vocabulary
-    checkpoint = checkpoint or evaluate.DEFAULT_CHECKPOINT
     model, tokenizer = evaluate.open_model(checkpoint, readout, *files)
     classes = evaluate.read_classes(args.words) if args.words else None
-    has_background = args.background is not None or args.background_entropy is not None
-    how = model.config.image_size, classes, has_background, args.labels_dir, args.ignore
-    source = "images" if args.images else args.dataset
-    dataset = evaluate.open_dataset(source, args.images or args.data_root, *how)
+    dataset = evaluate.open_dataset(args.dataset, args.data_root, model.config.image_size)
+    if args.images:
+        words = [synonyms[0] for synonyms in classes]
+        has_background = args.background is not None or args.background_entropy is not None
+        how = args.labels_dir, words, has_background, None, args.ignore
+        dataset = ImageFolder(args.images, *how)
     changes = {name: getattr(args, name) for name in evaluate.PROTOCOL_FLAGS}
-    if args.background is not None and args.background >= 0:
+    if args.background != -1:
         changes["background_threshold"] = args.background
     model.to(evaluate.pick_device(args.device))
     how = args.protocol, classes, args.batch_size, args.precision == "bf16"
@@ -322,16 +321,14 @@ def main(argv=None):
     args = parse_args(argv)
     if args.compare:
         return compare(args)
-    segmenter, tokenizer, dataset = open_all(args.checkpoint, args.readout, args)
-    output = evaluate.output_folder(
-        args.output,
-        "images" if args.images else args.dataset,
-        args.checkpoint or evaluate.DEFAULT_CHECKPOINT,
-    )
+    checkpoint = args.checkpoint or evaluate.DEFAULT_CHECKPOINT
+    segmenter, tokenizer, dataset = open_all(checkpoint, args.readout, args)
+    source = "images" if args.images else args.dataset
+    output = Path(args.output or evaluate.output_folder(source, checkpoint))
     output.mkdir(parents=True, exist_ok=True)
     if args.coherence:
         order = np.random.RandomState(0).permutation(len(dataset))[: args.limit].tolist()
-        images = evaluate.load_images(segmenter, dataset, order, args.workers)
+        images = evaluate.load_images(segmenter, dataset, order, args.workers, [])
         result = coherence(segmenter, images, output / "roc.png")
         print(f"{result['pairs']} pairs of patches")
         for kind, area in result["area"].items():

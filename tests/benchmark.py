@@ -97,11 +97,11 @@ def evaluate(args):
     dataset = SegmentationFolder("pascal_voc", PHOTOGRAPHS)
     dataset.has_background = False
     protocol = choose_protocol("segclip", dataset, model.config)
-    words = F.normalize(torch.randn(20, 512), dim=-1), torch.arange(20)
+    words = F.normalize(torch.randn(20, 512), dim=-1)
     ways = {
-        "(a) as the authors, fp32": AuthorsArrangement(model, *words, protocol, batch_size=1),
-        "(b) ours, fp32": Segmenter(model, *words, protocol),
-        "(c) ours, bf16": Segmenter(model, *words, protocol, bf16=True),
+        "(a) as the authors, fp32": AuthorsArrangement(model, words, protocol, batch_size=1),
+        "(b) ours, fp32": Segmenter(model, words, protocol),
+        "(c) ours, bf16": Segmenter(model, words, protocol, bf16=True),
     }
     count = 1 if args.smoke else len(dataset)
     images = [load_image(dataset, protocol, 16, i) for i in range(count)]

@@ -31,7 +31,6 @@ def test_oracles_by_hand():
     scores[1, 0, 2] = 2
     protocol = protocol_for(classes=[["a"], ["b"], ["c"]], top_k=1)
     segmenter = SimpleNamespace(protocol=protocol, patch=2, model=None, text=torch.eye(3))
-    segmenter.class_of_word = torch.arange(3)
     segmenter.scale = 1.0
     oracles = Oracles(3, segmenter, None)
     # Correct in three patches of four:
@@ -88,7 +87,7 @@ def test_pairs_of_patches():
         samples.append(sample._replace(label=label))
     protocol = protocol_for(stride=8)
     images = [load_image(samples, protocol, 4, i) for i in range(len(samples))]
-    pairs = pairs_of_patches(Segmenter(Stripes(), WORDS, torch.arange(2), protocol), images)
+    pairs = pairs_of_patches(Segmenter(Stripes(), WORDS, protocol), images)
     for kind, number in (("within an image", 4000), ("across images", 3000)):
         cosines, same = pairs[kind]
         assert same.shape == (number,) and 0.2 < same.mean() < 0.9

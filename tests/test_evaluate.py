@@ -141,7 +141,7 @@ def test_labels_by_cosines_by_hand():
     def label(**changes):
         protocol = protocol_for("cosines", classes=classes, logit_scale=1.0, **changes)
         cosines = torch.log(p / 10)[:, None]
-        scores = class_scores(cosines, torch.tensor([0, 0, 1, 2]), 1.0, protocol)
+        scores = class_scores(cosines, 1.0, protocol)
         parts = [scores[..., :3], scores[..., 3:]]  # the area is that of all parts together
         if protocol.area_threshold is not None:
             parts = drop_small_classes(parts, protocol.area_threshold)
@@ -167,7 +167,6 @@ def test_background_by_entropy_by_hand(scoring):
     # The probability of a class is that of its best word.
     p = torch.tensor([[0.8, 0.8, 0.1, 0.5], [0.1, 0.8, 0.8, 0.1], [0.2, 0.2, 0.2, 0.5]])
     cosines = (p.log() / 10)[:, None]
-    class_of_word = torch.tensor([0, 0, 1])
     for threshold, expected in (
         (nats + 1e-4, [1, 1, 1, 0]),
         (nats - 1e-4, [0, 0, 0, 0]),
@@ -178,7 +177,7 @@ def test_background_by_entropy_by_hand(scoring):
         maps = cosines
         if scoring == "regions":
             maps = torch.cat([torch.stack([p[:2].amax(dim=0), p[2]])[:, None], cosines])
-        scores = class_scores(maps, class_of_word, 10.0, protocol)
+        scores = class_scores(maps, 10.0, protocol)
         label = choose_classes(scores, protocol)
         assert label.tolist() == [expected] and scores.shape == (3, 1, 4)
         assert (scores[0, 0] == (torch.tensor(expected) == 0)).all()
@@ -216,7 +215,7 @@ def halves(shape):
 
 def segment_stripes(samples, protocol, batch_size=16):
     """-> Segmentations by Stripes."""
-    segmenter = Segmenter(Stripes(), WORDS, torch.arange(2), protocol, batch_size)
+    segmenter = Segmenter(Stripes(), WORDS, protocol, batch_size)
     images = [load_image(samples, protocol, 4, i) for i in range(len(samples))]
     return [result for _, result in segmenter(images)]
 
@@ -889,7 +888,7 @@ def test_the_words_choose_the_model_where_no_checkpoint_is_named(tmp_path, monke
     evaluate.main([*flags, "--words", "ball, grass", "--workers", "0", "--device", "cpu"])
     assert "does not know zebra" in fails(evaluate.main, [*flags, "--words", "ball, zebra"])
     monkeypatch.setattr(evaluate, "find", lambda name: Path("cached"))
-    assert evaluate.default_model([["zebra"]]) == ("ViT-B/16", "naclip")
+    assert evaluate.choose_model(None, None, [["zebra"]]) == ("ViT-B/16", "naclip")
 
 
 @pytest.mark.parametrize("program", ["train.py", "evaluate.py"])
