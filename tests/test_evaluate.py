@@ -781,7 +781,9 @@ def test_one_image(score, tmp_path, capsys):
     lines = printed.out.splitlines()
     shares = [float(line.split()[-2]) for line in lines if line.endswith("%")]
     assert sum(shares) == pytest.approx(100, abs=0.2)
-    assert printed.err == "rare or unknown in the captions of training: polar bear\n"
+    resolution, unknown = printed.err.splitlines()
+    assert resolution == "inference resolution: short side 32, windows of 32"
+    assert unknown == "rare or unknown in the captions of training: polar bear"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -851,8 +853,8 @@ def test_unreadable_images_are_named_and_left_out(checkpoint, tmp_path):
     image.write_text("not an image")
     flags = ("--dataset", "pascal_voc", "--data-root", tmp_path, "--checkpoint", checkpoint)
     done = run_python(evaluate.__file__, *flags, cwd=tmp_path)
-    assert done.returncode == 1 and done.stderr.count("\n") == 3, done.stderr
-    assert done.stderr.startswith(f"{image}: not a readable image") and "mIoU" in done.stdout
+    assert done.returncode == 1 and done.stderr.count("\n") == 4, done.stderr
+    assert f"\n{image}: not a readable image" in done.stderr and "mIoU" in done.stdout
     assert done.stderr.endswith("evaluate.py: unreadable images were left out: 1\n")
 
 
