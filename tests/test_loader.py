@@ -578,7 +578,7 @@ def test_the_authors_checkpoint_with_and_without_decoder(tmp_path, capsys):
     model = load_segclip(path)
     others = {"patch_scale": 10, "activation": "quick_gelu"}
     others |= {"center_std": 0.02, "key_gain": 1.0, "linear_std": 0.02, "decoder_heads": 8}
-    others |= {"stages": 2, "group_tokens": 64, "projector_width": 4096}
+    others |= {"stages": 2, "group_tokens": 64, "projector_width": 4096, "crop_zoom": 1.0}
     assert dataclasses.asdict(model.config) == recipe["config"] | others
     assert capsys.readouterr().err == ""
     del weights["vis_mae_decoder.mask_token"]
