@@ -1023,10 +1023,11 @@ def run_program(main, if_interrupted):
     except Exception as error:
         # The message of a worker's exception is its whole traceback; the last line is the error.
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        if isinstance(error, (InputError, OSError)):
-            complaint = lines[-1].removeprefix("model.InputError: ")
-        elif lines[0].startswith("DataLoader worker") or isinstance(error, EOFError):
+        lost = isinstance(error, (EOFError, ConnectionError))
+        if lost or lines[0].startswith("DataLoader worker"):
             complaint = "a worker process was killed; if memory ran out, give fewer --workers"
+        elif isinstance(error, (InputError, OSError)):
+            complaint = lines[-1].removeprefix("model.InputError: ")
         else:
             complaint = traceback.format_exc().rstrip()
     finally:
