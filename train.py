@@ -367,9 +367,11 @@ def check_resumed(saved, flags, path):
 # Model and optimizer
 
 
-def choose_sizes(recipe, method, sizes):
+def choose_sizes(recipe, method, sizes, crop_scale=1.0):
     """The recipe's Config with the sizes {name: value} that were given. Raises InputError."""
-    config = SMALL if recipe == "small" else Config()
+    config = Config()  # evaluated at 224 pixels, though it is trained on crops
+    if recipe == "small":
+        config = dataclasses.replace(SMALL, crop_zoom=crop_scale**-0.5)
     if method == "groupvit":
         return dataclasses.replace(config, **GROUPVIT_SIZES[recipe] | sizes)
     if method == "clip":  # there is no group module that other blocks would follow
@@ -407,6 +409,7 @@ def build_model(method, init, config, sizes, vocab_size, image_encoder=None):
     if model.config.vocab_size != vocab_size:
         tokens = f"{model.config.vocab_size} tokens, but the vocabulary has {vocab_size}"
         raise InputError(f"{init}: made for {tokens}")
+    model.config.crop_zoom = config.crop_zoom
     return model
 
 
@@ -972,17 +975,14 @@ def main(argv=None):
     flags = vars(args) | {"precision": precision}
     path = Path(args.output) / "checkpoint.pt"
     saved, found = last_checkpoint(path) if args.resume else (None, path)
-    if saved:
-        check_resumed(saved, flags, found)
+    check_resumed(saved or {"flags": flags}, flags, found)
     torch.manual_seed(args.seed)
     sizes = {name: getattr(args, name) for name in SIZES if getattr(args, name) is not None}
-    config = choose_sizes(args.recipe, args.method, sizes)
+    config = choose_sizes(args.recipe, args.method, sizes, args.crop_scale)
     options = {"seed": args.seed, "workers": args.workers, "max_errors": args.max_errors}
     open_data = functools.partial(open_pairs, args.data, **options)
     init = args.method, args.init, config, sizes, args.vocabulary, args.image_encoder
     model, tokenizer, sources = open_run(open_data, saved, found, *init)
-    if args.recipe == "small":  # the paper's is evaluated at 224 pixels, though it has crops
-        model.config.crop_zoom = args.crop_scale**-0.5
     lengths = [len(source) for source in sources]
     steps = args.steps
     if steps is None:
