@@ -450,7 +450,7 @@ def measure_pacl(way, batch=512, num_patches=196, width=512):
 
 def pacl(args):
     results = {"naive": [], "losses.py": []}
-    size = 16 if args.smoke else 512
+    size = 8 if args.smoke else 512
     for _ in range(args.rounds):
         for way, measured in results.items():
             with multiprocessing.get_context("spawn").Pool(1) as pool:
@@ -469,7 +469,7 @@ def pacl(args):
     )
 
 
-if __name__ == "__main__":
+def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("what", choices=["evaluate", "train", "loader", "pacl"])
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, one round")
@@ -490,3 +490,7 @@ if __name__ == "__main__":
         args.rounds = 1
         args.compile = False
     {"evaluate": evaluate, "train": train_step, "loader": loader, "pacl": pacl}[args.what](args)
+
+
+if __name__ == "__main__":
+    main()

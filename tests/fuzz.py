@@ -124,6 +124,7 @@ def main():
     parser.add_argument("--seconds", type=int, default=60, help="of a case, after which it hangs")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    signal.signal(signal.SIGALRM, hang)
     rng = random.Random(args.seed)
     failures = 0
     ends = {"well": 0, "one line": 0}
@@ -158,5 +159,4 @@ def hang(*_):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGALRM, hang)
     main()
