@@ -1,10 +1,9 @@
 """Speed, as ratios between two ways in the same run; not a test.
 
 python tests/benchmark.py evaluate      labelling photographs with a ViT-B/16 of random weights
-python tests/benchmark.py train         a step of the paper's recipe: on a CPU, 8 pairs; on a GPU,
-256 to 1,024 python tests/benchmark.py loader        pairs per second and core, from tar shards of
-photographs python tests/benchmark.py pacl          the loss over all pairs of a batch of 512,
-against every pooled vector
+python tests/benchmark.py train         a step of the paper's recipe: 8 pairs; 256 to 1,024 on a GPU
+python tests/benchmark.py loader        pairs per second and core, from tar shards of photographs
+python tests/benchmark.py pacl          the loss over a batch of 512, against every pooled vector
 
 --smoke runs the same code on tiny sizes, to see that it runs.
 """

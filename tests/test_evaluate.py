@@ -252,11 +252,17 @@ def test_rows_are_those_of_the_whole_map(channels, size):
     torch.testing.assert_close(torch.cat(rows, dim=2), whole, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("changes", [{}, {"refine": "pamr"}, {"area_threshold": 0.4}])
-@pytest.mark.parametrize("scoring", ["regions", "cosines"])
+@pytest.mark.parametrize(
+    "scoring, changes",
+    [
+        ("regions", {}),
+        ("regions", {"refine": "pamr"}),
+        ("cosines", {}),
+        ("cosines", {"refine": "pamr"}),
+        ("cosines", {"area_threshold": 0.4}),
+    ],
+)
 def test_an_image_in_strips_has_the_labels_of_the_whole(scoring, changes, monkeypatch):
-    if scoring == "regions" and "area_threshold" in changes:
-        pytest.skip("by cosines only")
     rng = np.random.RandomState(0)
     blocks = rng.randint(0, 256, (20, 12, 3)).repeat(40, axis=0).repeat(11, axis=1)
     sample = Sample(blocks.astype(np.uint8), None, "blocks")
