@@ -623,10 +623,14 @@ class InMemory(Dataset):
 
 
 def collate(items):
-    """Pairs -> image uint8 [B, 3, S, S], super-patches [B, N], token ids [B, T], SampleErrors."""
+    """Pairs -> image uint8 [B, 3, S, S], super-patches [B, N], token ids [B, T], SampleErrors.
+
+    T is the length of the longest text: nothing attends to the padding after the end token.
+    """
     images, superpatches, texts, errors = zip(*items)
     image, superpatch, text = (torch.from_numpy(np.stack(x)) for x in (images, superpatches, texts))
     image = image.permute(0, 3, 1, 2)  # [B, S, S, 3] -> [B, 3, S, S]
+    text = text[..., : text.argmax(dim=-1).max() + 1]  # the end token has the largest id
     return image, superpatch, text, [error for each in errors for error in each]
 
 

@@ -730,7 +730,8 @@ def evaluate(segmenter, dataset, output=None, limit=None, workers=2):
     if rank:
         return {}
     if output and examples:
-        draw_examples(examples, names, colours, output / "examples.png")
+        titles = ("image", "ground truth", "regions", "result")
+        draw_examples(examples, titles, names, colours, output / "examples.png")
     metrics = {"images": int(images), "unreadable": int(left_out)}
     if images:
         iou = [None if np.isnan(x) else float(x) for x in confusion.iou()]
@@ -877,24 +878,31 @@ def heat(picture, scores, word):
     return with_legend(mixed, [(dark, f"{word}: {low:.3g}"), (bright, f"{high:.3g}")])
 
 
-def draw_examples(examples, words, colours, path, width=200):
-    """One row per example: (image, label or None, regions or None, prediction)."""
+def draw_examples(examples, titles, words, colours, path, width=200):
+    """One row per example, one column per title.
+
+    An example has images uint8 [H, W, 3], label maps uint8 [h, w], regions int [h, w], or None.
+    """
     colours = np.vstack([colours, np.full((256 - len(colours), 3), 255, np.uint8)])  # 255 is white
-    titles = ("image", "ground truth", "regions", "result")
-    tables = (None, colours, palette(64), colours)
-    columns = [c for c in range(4) if any(example[c] is not None for example in examples)]
+    filled = [any(example[c] is not None for example in examples) for c in range(len(titles))]
+    columns = [c for c, is_filled in enumerate(filled) if is_filled]
     rows = []
+    label_maps = []
     for example in examples:
         height = round(width * example[0].shape[0] / example[0].shape[1])
         size = width, min(max(1, height), 2 * width)
         tiles = []
         for column in columns:
             numbers = example[column]
-            tile = Image.new("RGB", size, "white")
-            if column == 0:
+            if numbers is None:
+                tile = Image.new("RGB", size, "white")
+            elif numbers.ndim == 3:
                 tile = Image.fromarray(numbers).resize(size)
-            elif numbers is not None:
-                tile = paint(numbers, tables[column], size)
+            elif numbers.dtype == np.uint8:
+                label_maps.append(numbers)
+                tile = paint(numbers, colours, size)
+            else:
+                tile = paint(numbers, palette(64), size)
             tiles.append(ImageOps.expand(tile, 4, "white"))
         rows.append(np.hstack(tiles))
     sheet = ImageOps.expand(Image.fromarray(np.vstack(rows)), (0, 24, 0, 0), "white")
@@ -902,7 +910,6 @@ def draw_examples(examples, words, colours, path, width=200):
     for n, column in enumerate(columns):
         x = 4 + n * (width + 8)
         draw.text((x, 5), titles[column], "black", ImageFont.load_default(14))
-    label_maps = [x for _, truth, _, result in examples for x in (truth, result) if x is not None]
     used = set().union(*map(np.unique, label_maps))
     entries = [(colours[c], words[c]) for c in sorted(used - {255})]
     if 255 in used:

@@ -164,8 +164,9 @@ def superpixel_kl_loss(assign, superpatch):
 
 def patchify(image, patch_size):
     """[B, 3, H, W] -> [B, N, P*P*3]: pixels row by row, the three colours of a pixel together."""
-    x = F.unfold(image, patch_size, stride=patch_size)  # [B, 3*P*P, N]
-    return x.unflatten(1, (3, -1)).permute(0, 3, 2, 1).flatten(2)  # [B, 3, P*P, N] -> [B, N, P*P*3]
+    x = image.unflatten(3, (-1, patch_size)).unflatten(2, (-1, patch_size))
+    # [B, 3, rows, P, columns, P] -> [B, rows, columns, P, P, 3] -> [B, N, P*P*3]
+    return x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
 
 
 def reconstruction_loss(pixels, image, mask):
@@ -175,7 +176,7 @@ def reconstruction_loss(pixels, image, mask):
     The paper does not say that only hidden patches count; the authors' program and MAE do so.
     """
     target = patchify(image, math.isqrt(pixels.shape[-1] // 3))
-    error = (pixels.float() - target).square().mean(dim=-1)  # [B, N]
+    error = F.mse_loss(pixels.float(), target, reduction="none").mean(dim=-1)  # [B, N]
     return (error * mask).sum() / mask.sum().clamp(min=1)  # an image of one patch hides none
 
 

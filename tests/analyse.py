@@ -2,7 +2,7 @@
 
 python tests/analyse.py                 oracles: the score if one part of the model were perfect
 python tests/analyse.py --coherence     are patch tokens of one class more similar? (PACL, Fig. 3)
-python tests/analyse.py --compare       a table of CLIP, its read-outs, PACL and SegCLIP
+python tests/analyse.py --compare       a table and a figure of the models in runs/
 """
 
 import json
@@ -277,6 +277,7 @@ COMPARED = {
     "SCLIP": ("clip", "sclip", "59.1 30.4 30.5 80.4 34.2 22.4 16.1 32.2", "sclip"),
     "ClearCLIP": ("clip", "clearclip", "51.8 32.6 33.0 80.9 35.9 23.9 16.7 30.0", "clearclip"),
     "NACLIP": ("clip", "naclip", "58.9 32.2 33.2 79.7 35.2 23.3 17.4 35.5", "naclip"),
+    "mean of keys": ("clip", "keymean", "59.1 - - - - 23.6 16.9 32.1", "RF-CLIP"),
     "PACL": ("pacl", "clip", "- - - 72.3 50.1 38.8 31.4 -", "own"),
     "GroupViT": ("groupvit", "clip", "52.3 22.4 24.3 - - - - -", "groupvit"),
     "SegCLIP": ("segclip", "clip", "52.6 24.7 26.5 - - - 8.7 11.0", "segclip"),
@@ -348,24 +349,39 @@ def main(argv=None):
 
 
 def compare(args):
-    """Prints a table in Markdown of the models that train.py left in runs/."""
-    for method in evaluate.RUNS:
-        checkpoint = Path(evaluate.RUNS[method], "checkpoint.pt")
+    """Prints a table in Markdown of the models that train.py left in runs/, and draws a figure."""
+    found = {method: Path(run, "checkpoint.pt") for method, run in evaluate.RUNS.items()}
+    for method, checkpoint in found.items():
         if not checkpoint.exists():
-            advice = f"run `python train.py --method {method}`"
-            raise InputError(f"{checkpoint}: does not exist; {advice}")
+            print(f"no {checkpoint}: run `python train.py --method {method}`", file=sys.stderr)
+    methods = [name for name, (method, *_) in COMPARED.items() if found[method].exists()]
+    if not methods:
+        raise InputError("no model to compare")
     print(
         "The columns from VOC-21 on are published, of a ViT-B/16; GroupViT's is a ViT-S/16.",
         file=sys.stderr,
     )
     print(f"| | mIoU on {args.dataset} | patches | {' | '.join(PUBLISHED_ON)} | protocol |")
     print(f"|---|---|---|{'---|' * len(PUBLISHED_ON)}---|")
-    for name, (method, readout, published, protocol) in COMPARED.items():
-        checkpoint = f"{evaluate.RUNS[method]}/checkpoint.pt"
-        segmenter, tokenizer, dataset = open_all(checkpoint, readout, args)
+    examples = []
+    for name in methods:
+        method, readout, published, protocol = COMPARED[name]
+        segmenter, tokenizer, dataset = open_all(found[method], readout, args)
         metrics = run_oracles(segmenter, tokenizer, dataset, args.limit, args.workers)
         measured = [f"{100 * x:.1f} %" for x in (metrics["mIoU"], metrics["analysis"]["patches"])]
         print(f"| {' | '.join([name, *measured, *published.split(), protocol])} |", flush=True)
+        images = evaluate.load_images(segmenter, dataset, range(len(dataset))[:4], 0, [])
+        results = list(segmenter(images))
+        examples = examples or [[sample.image, sample.label] for sample, _ in results]
+        for example, (_, result) in zip(examples, results):
+            example.append(result.label)
+    path = Path(args.output or "runs/compare", "examples.png")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    words = evaluate.class_names(dataset, segmenter.protocol)
+    colours = evaluate.palette(len(words))
+    titles = ("image", "ground truth", *methods)
+    evaluate.draw_examples(examples, titles, words, colours, path, width=120)
+    print(f"wrote {path}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -145,15 +145,18 @@ def test_coherence_needs_label_maps_with_two_classes(tmp_path, capsys):
 def test_comparison(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     flags = ("--compare", "--limit", 5, "--workers", 0)
+    with pytest.raises(InputError, match="no model"):
+        run(*flags)
     save_tiny(tmp_path / "runs/clip/checkpoint.pt", "clip")
     save_tiny(tmp_path / "runs/synthetic/checkpoint.pt")
-    with pytest.raises(InputError, match="python train.py --method pacl"):
-        run(*flags)
     save_tiny(tmp_path / "runs/pacl/checkpoint.pt", "pacl")
-    save_tiny(tmp_path / "runs/groupvit/checkpoint.pt", "groupvit")
-    capsys.readouterr()
     run(*flags)
-    head, rule, *rows = capsys.readouterr().out.splitlines()
-    assert [row.split("|")[1].strip() for row in rows] == list(analyse.COMPARED)
+    printed = capsys.readouterr()
+    assert "python train.py --method groupvit" in printed.err
+    head, rule, *rows = printed.out.splitlines()
+    present = [name for name in analyse.COMPARED if name != "GroupViT"]
+    assert [row.split("|")[1].strip() for row in rows] == present
+    width, height = Image.open(tmp_path / "runs/compare/examples.png").size
+    assert width >= (2 + len(present)) * 120 and height >= 4 * 120
     assert {row.count("|") for row in (head, rule, *rows)} == {13}
     assert len({row.split("|")[2] for row in rows}) > 3  # each read-out has its own score

@@ -1,6 +1,7 @@
 """Image-text pairs in every form: none lost, none twice, none changed by another's error."""
 
 import csv
+import dataclasses
 import io
 import itertools
 import json
@@ -19,7 +20,7 @@ import data
 from clip_loader import Tokenizer
 from conftest import GOLDEN, TINY, assert_one_line
 from data import Batches, SampleError, SyntheticScenes, TrainingPairs, open_pairs, shuffled
-from model import InputError
+from model import CLIP, InputError
 
 PHOTOGRAPHS = sorted((GOLDEN / "pipeline/voc_like/JPEGImages").glob("*.jpg"))
 
@@ -163,6 +164,17 @@ def test_a_pair_depends_on_its_position_alone():
     assert image.shape == (3, 3, 32, 32) and image.dtype == torch.uint8
     assert superpatch.shape == (3, 16) and text.shape == (3, 12) and errors == []
     assert training(source, text_length=5)[0, 0][2].shape == (5,)
+
+
+def test_a_batch_has_no_padding_beyond_its_longest_text():
+    """Not even where the token 0, that of the padding, is a letter of the texts."""
+    texts = [[9, 0, 0, 11, 0, 0], [9, 5, 11, 0, 0, 0], [9, 11, 0, 0, 0, 0]]
+    items = [(np.zeros((8, 8, 3), np.uint8), np.zeros(1), np.array(text), []) for text in texts]
+    _, _, text, _ = data.collate(items)
+    assert text.tolist() == [row[:4] for row in texts]
+    clip = CLIP(dataclasses.replace(TINY, context_length=6, vocab_size=12))
+    whole = clip.encode_text(torch.tensor(texts))
+    assert torch.allclose(clip.encode_text(text), whole, atol=1e-6)
 
 
 def test_texts_of_a_caption_and_its_nouns():
