@@ -224,7 +224,7 @@ SHARE = number(float, 0, 1)
 RATE = number(float, 0, 1e3)
 
 
-def add_arguments(parser):
+def add_arguments(parser, method="segclip"):
     add = parser.add_argument_group("the run").add_argument
     add("--output", metavar="DIR", help="for checkpoint.pt and log.jsonl [%(default)s]")
     add("--resume", action="store_true",
@@ -252,8 +252,9 @@ def add_arguments(parser):
     add("--compile", action="store_true", help="torch.compile: for long runs")
     add_recipe(parser.add_argument_group("the recipe").add_argument)
     add = parser.add_argument_group("the model: see Config in model.py").add_argument
+    small, paper = (choose_sizes(recipe, method, {}) for recipe in ("small", "paper"))
     for name, size in SIZES.items():
-        values = f"[small: {getattr(SMALL, name)}, paper: {size.default}]"
+        values = f"[small: {getattr(small, name)}, paper: {getattr(paper, name)}]"
         add("--" + name.replace("_", "-"), type=size.type, metavar="N", help=values)
 
 
@@ -324,7 +325,7 @@ def parse_args(argv=None):
         defaults["lr"] = RECIPES[known.recipe, "segclip"]["lr"]
     length = {name: defaults.pop(name, None) for name in ("steps", "epochs")}
     parser = Parser(__doc__, parents=[choices])
-    add_arguments(parser)
+    add_arguments(parser, known.method)
     parser.set_defaults(**defaults)
     args = parser.parse_args(argv)
 

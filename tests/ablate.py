@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import train
 import analyse
 from data import SyntheticScenes, superpixels
+from evaluate import Parser
 
 ROWS = {  # name: (what, flags of train.py or None, flags of evaluate.py, the paper's mIoU on VOC)
     "default": ("the default: both losses, 16 centers, 1 cross-attention layer", "", "", "52.60"),
@@ -105,6 +106,7 @@ ROWS = {  # name: (what, flags of train.py or None, flags of evaluate.py, the pa
     "sclip": ("read as SCLIP", None, "--checkpoint {clip} --readout sclip", ""),
     "clearclip": ("read as ClearCLIP", None, "--checkpoint {clip} --readout clearclip", ""),
     "naclip": ("read as NACLIP", None, "--checkpoint {clip} --readout naclip", ""),
+    "keymean": ("read as mean of keys", None, "--checkpoint {clip} --readout keymean", ""),
     "groupvit-1": ("*GroupViT*: one stage", "--method groupvit --stages 1", "", "28.1"),
     "groupvit-2": ("two stages", "--method groupvit --stages 2", "", "19.7"),
     "groupvit-1-captions": (
@@ -206,7 +208,8 @@ def read(folder):
 
 def table(output, rows, seeds):
     """Markdown: of each row the mean over the seeds, and of the mIoU the standard deviation."""
-    print(f"| | {' | '.join(COLUMNS)} | paper, VOC |\n|---|{'---|' * len(COLUMNS)}---|")
+    print(f"| | `--rows` | {' | '.join(COLUMNS)} | paper, VOC |")
+    print(f"|---|---|{'---|' * len(COLUMNS)}---|")
     for name in rows:
         what, _, _, paper = ROWS[name]
         results = [read(output / name.replace("/", "-") / str(seed)) for seed in seeds]
@@ -220,11 +223,11 @@ def table(output, rows, seeds):
                 f" ± {statistics.stdev(values):.1f}" if column == "mIoU" and len(values) > 1 else ""
             )
             cells.append(f"{statistics.mean(values):.1f}{spread}")
-        print(f"| {what} | {' | '.join(cells)} | {paper} |")
+        print(f"| {what} | `{name}` | {' | '.join(cells)} | {paper} |")
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(__doc__)
     parser.add_argument("--steps", type=int, default=600, help="of each run [%(default)s]")
     parser.add_argument("--seeds", type=int, default=3, help="how many [%(default)s]")
     parser.add_argument("--limit", type=int, default=500, help="images scored [%(default)s]")

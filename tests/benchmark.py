@@ -8,7 +8,6 @@ python tests/benchmark.py pacl          the loss over a batch of 512, against ev
 --smoke runs the same code on tiny sizes, to see that it runs.
 """
 
-import argparse
 import contextlib
 import copy
 import io
@@ -37,7 +36,7 @@ import model as model_py
 import train
 from clip_loader import Tokenizer
 from data import Batches, SegmentationFolder, TrainingPairs, collate
-from evaluate import Segmenter, choose_protocol, load_image
+from evaluate import Parser, Segmenter, choose_protocol, load_image
 from losses import pacl_loss
 from model import Config, SegCLIP
 
@@ -469,7 +468,7 @@ def pacl(args):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(__doc__)
     parser.add_argument("what", choices=["evaluate", "train", "loader", "pacl"])
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, one round")
     parser.add_argument(

@@ -6,7 +6,6 @@ python tests/fuzz.py pictures --count 2000   mutated pictures and label maps, as
 Each case may end well or with one line for the user. Prints the others, and exits with 1.
 """
 
-import argparse
 import contextlib
 import io
 import random
@@ -117,7 +116,7 @@ def try_pictures(rng, folder):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = evaluate.Parser(__doc__)
     parser.add_argument("what", choices=["flags", "pictures"])
     parser.add_argument("--count", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)

@@ -8,7 +8,6 @@ train.tsv lists the images of train/ with their captions; val/ has images, label
 words.txt the classes.
 """
 
-import argparse
 import functools
 import os
 import sys
@@ -20,6 +19,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from data import COLOURS, GROUNDS, SCENE_WORDS, THINGS, jitter, parallel_map
+from evaluate import Parser
 
 HEIGHT, WIDTH = 120, 160  # of what is drawn
 ENLARGED = 3
@@ -95,7 +95,7 @@ def write(output, number):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(__doc__)
     parser.add_argument("--output", type=Path, default="photographs", metavar="DIR")
     parser.add_argument("--images", type=int, default=3000, metavar="N", help="[%(default)s]")
     parser.add_argument("--val", type=int, default=300, metavar="N", help="[%(default)s]")
