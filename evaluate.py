@@ -1260,10 +1260,8 @@ def open_model(name_or_path, readout=None, activation=None, dino=None, vocabular
 def describe_resolution(protocol, config):
     """One line: how large the model sees images, here and in its training."""
     windows = f"windows of {protocol.window}" if protocol.window else "no windows"
-    smallest = config.image_size
-    largest = round(config.image_size * config.crop_zoom)
-    trained = f"; trained on crops at {smallest} to {largest}" if largest > smallest else ""
-    return f"inference resolution: short side {protocol.short_side}, {windows}{trained}"
+    sides = f"short side {protocol.short_side}, {config.image_size} in training"
+    return f"inference resolution: {sides}; {windows}"
 
 
 def output_folder(source, checkpoint):

@@ -59,8 +59,8 @@ class Config:
     stages: int = 2  # how often tokens are grouped, 1 or 2; first_stage_layers come before
     group_tokens: int = 64  # in the first stage; with two stages also the groups that it makes
     projector_width: int = 4096  # of the MLPs into the shared space
-    # How much larger objects are in the smallest training crops than in a whole image, for which
-    # evaluate.py enlarges images as much. 1: the inference resolution is the protocol's.
+    # How much larger evaluate.py makes images than its protocol says, since random crops of the
+    # training images made objects larger.
     crop_zoom: float = 1.0
 
     def __post_init__(self):

@@ -698,7 +698,7 @@ def test_the_vocabulary_has_the_words_of_all_sources():
 
 @pytest.mark.parametrize(
     "flags, short_side",  # of a model of 32 pixels
-    [("", 32), ("--data {own}", 72), ("--data {own} --crop-scale 0.5", 45), ("paper", 32)],
+    [("", 32), ("--data {own}", 107), ("--data {own} --crop-scale 0.5", 54), ("paper", 32)],
 )
 def test_the_crops_of_training_decide_the_inference_resolution(
     tmp_path, clip_file, flags, short_side, capsys
