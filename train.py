@@ -114,11 +114,11 @@ NO_NOUNS = (None, "none")
 SMALL_RECIPE = {
     "data": ["synthetic"],
     "output": RUNS["segclip"],
-    "save_every": 200,
+    "save_every": 100,
     "vocabulary": "learned",
-    "steps": 1700,
-    "batch_size": 64,
-    "lr": 1e-3,
+    "steps": 850,
+    "batch_size": 128,
+    "lr": 1.5e-3,
     "warmup": 0.1,
     "crop_scale": 1.0,
     "mirror": False,
@@ -145,7 +145,7 @@ CONTRASTIVE = {"clip_lr": None, "reconstruction_weight": 0.0, "superpixel_weight
 CLIP_OF_SCENES = f"{RUNS['clip']}/checkpoint.pt"
 CLIP_OF_OWN = f"{OWN_RUNS['clip']}/checkpoint.pt"
 PACL_RECIPE = CONTRASTIVE | {"freeze": False, "weight_decay": 0.2}
-SMALL_PACL = {"init": CLIP_OF_SCENES, "nouns": "synthetic", "steps": 600, "lr": 3e-3}
+SMALL_PACL = {"init": CLIP_OF_SCENES, "nouns": "synthetic", "steps": 300, "lr": 3e-3}
 # As others quote the PACL paper; the crop and the text length are SegCLIP's.
 PAPER_PACL = {"lr": 5e-4, "batch_size": 4096, "warmup": 0.0}
 # The optimizer and the augmentations are SegCLIP's (docs/differences.md).

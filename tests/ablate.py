@@ -228,7 +228,7 @@ def table(output, rows, seeds):
 
 def main():
     parser = Parser(__doc__)
-    parser.add_argument("--steps", type=int, default=600, help="of each run [%(default)s]")
+    parser.add_argument("--steps", type=int, default=300, help="of each run [%(default)s]")
     parser.add_argument("--seeds", type=int, default=3, help="how many [%(default)s]")
     parser.add_argument("--limit", type=int, default=500, help="images scored [%(default)s]")
     parser.add_argument(

@@ -294,7 +294,7 @@ def test_resume_of_nothing_and_of_a_finished_run(tmp_path, capsys):
 def test_a_run_can_be_lengthened(tmp_path, capsys):
     short = run(tmp_path, "--steps 4 --log-every 1")
     end = run(tmp_path, "--steps 9 --log-every 1 --resume")
-    rates = [1e-3 * train.lr_factor(step, 9, 0.1) for step in range(9)]
+    rates = [short["flags"]["lr"] * train.lr_factor(step, 9, 0.1) for step in range(9)]
     line = (
         f"resumed at step 4, learning rate {rates[4]:.1e}, on the schedule of 9 steps in place of"
     )
