@@ -116,7 +116,7 @@ SMALL_RECIPE = {
     "output": RUNS["segclip"],
     "save_every": 100,
     "vocabulary": "learned",
-    "steps": 850,
+    "steps": 1100,
     "batch_size": 128,
     "lr": 1.5e-3,
     "warmup": 0.1,

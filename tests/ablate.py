@@ -158,7 +158,7 @@ class SegmentedScenes(SyntheticScenes):
         return self.samples[index]
 
 
-@functools.lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=3)  # 0.4 GB each
 def open_scenes(seed):
     return [SegmentedScenes(train.SMALL.image_size, seed)]
 
