@@ -145,7 +145,7 @@ CONTRASTIVE = {"clip_lr": None, "reconstruction_weight": 0.0, "superpixel_weight
 CLIP_OF_SCENES = f"{RUNS['clip']}/checkpoint.pt"
 CLIP_OF_OWN = f"{OWN_RUNS['clip']}/checkpoint.pt"
 PACL_RECIPE = CONTRASTIVE | {"freeze": False, "weight_decay": 0.2}
-SMALL_PACL = {"init": CLIP_OF_SCENES, "nouns": "synthetic", "steps": 300, "lr": 3e-3}
+SMALL_PACL = {"init": CLIP_OF_SCENES, "nouns": "synthetic", "steps": 600, "lr": 3e-3}
 # As others quote the PACL paper; the crop and the text length are SegCLIP's.
 PAPER_PACL = {"lr": 5e-4, "batch_size": 4096, "warmup": 0.0}
 # The optimizer and the augmentations are SegCLIP's (docs/differences.md).
