@@ -123,7 +123,7 @@ SMALL_RECIPE = {
     "crop_scale": 1.0,
     "mirror": False,
 }
-# What it has for other pairs than the scenes: photographs show few scenes, at many scales.
+# What it has for other pairs than the scenes: fewer images, which show things at many scales.
 OWN_PAIRS = {"crop_scale": 0.2, "mirror": True, "nouns": None}
 # Section 3.2. The warm-up, the crop and what is frozen are those of the authors' code.
 PAPER_RECIPE = {
@@ -283,7 +283,8 @@ def add_recipe(add):
     add("--weight-decay", type=RATE, default=0.05, metavar="W",
         help="of everything but biases [%(default)s]")
     add("--crop-scale", type=number(float, 1e-4, 1), metavar="SHARE",
-        help="smallest share of an image in a crop [%(default)s; own pairs, small: 0.2]")
+        help="smallest share of an image in a crop; with the small recipe, evaluate.py enlarges "
+        "images for it [%(default)s; own pairs, small: 0.2]")
     add("--mirror", action=argparse.BooleanOptionalAction,
         help="half of the crops; not where captions have left and right [own pairs, small: yes]")
     add("--superpatch", choices=("floor", "majority"), default="floor",
@@ -372,8 +373,8 @@ def choose_sizes(recipe, method, sizes, crop_scale=1.0):
     """The recipe's Config with the sizes {name: value} that were given. Raises InputError."""
     config = Config()  # evaluated at 224 pixels, though it is trained on crops
     if recipe == "small":
-        # The smallest crops are enlarged by the power -0.5. A little more costs whole images hardly
-        # anything, and gains a lot where training images were cut out of larger ones.
+        # The smallest crops are enlarged by the power -0.5. More hardly matters for whole images,
+        # and gains where training images were cut out of larger ones: docs/results.md, own pairs.
         config = dataclasses.replace(SMALL, crop_zoom=crop_scale**-0.75)
     if method == "groupvit":
         return dataclasses.replace(config, **GROUPVIT_SIZES[recipe] | sizes)
@@ -487,9 +488,9 @@ def compute_gradients(parallel, batch, noise, weights, precision, scaler, extra,
     """The gradients of a batch's loss (Eq. 7), in .grad of the parameters, scaled by `scaler`.
 
     parallel: the model, or the DistributedDataParallel around it. batch: image [b, 3, H, W],
-    superpatch [b, N], text [b, T]; these and the noise are this process's rows. weights: of L_rec
-    and L_sup. extra: numbers [n] to be summed over the processes on the way. -> the losses of the
-    whole batch and `extra`, one tensor, and the names of the losses.
+    superpatch [b, N], text [b, T] (see collate); these and the noise are this process's rows.
+    weights: of L_rec and L_sup. extra: numbers [n] to be summed over the processes on the way.
+    -> the losses of the whole batch and `extra`, one tensor, and the names of the losses.
 
     With chunks > 1 the activations of one chunk at a time are kept, and the contrastive loss still
     has the negatives of the whole batch (see gradients_of_features).
