@@ -730,8 +730,9 @@ def evaluate(segmenter, dataset, output=None, limit=None, workers=2):
     if rank:
         return {}
     if output and examples:
-        titles = ("image", "ground truth", "regions", "result")
-        draw_examples(examples, titles, names, colours, output / "examples.png")
+        columns = {"image": "image", "ground truth": "label"}
+        columns |= {"regions": "regions", "result": "label"}
+        draw_examples(examples, columns, names, colours, output / "examples.png")
     metrics = {"images": int(images), "unreadable": int(left_out)}
     if images:
         iou = [None if np.isnan(x) else float(x) for x in confusion.iou()]
@@ -878,39 +879,43 @@ def heat(picture, scores, word):
     return with_legend(mixed, [(dark, f"{word}: {low:.3g}"), (bright, f"{high:.3g}")])
 
 
-def draw_examples(examples, titles, words, colours, path, width=200):
+def draw_examples(examples, columns, words, colours, path, width=200):
     """One row per example, one column per title.
 
-    An example has images uint8 [H, W, 3], label maps uint8 [h, w], regions int [h, w], or None.
+    columns: {title: what it shows}, an "image" uint8 [H, W, 3], a "label" map uint8 [h, w] or
+    "regions" int [h, w]; the first is an image. An example has one of each, or None.
     """
     colours = np.vstack([colours, np.full((256 - len(colours), 3), 255, np.uint8)])  # 255 is white
-    filled = [any(example[c] is not None for example in examples) for c in range(len(titles))]
-    columns = [c for c, is_filled in enumerate(filled) if is_filled]
+    colours_of = {"label": colours, "regions": palette(64)}
+    shown = []  # titles, without those of empty columns
+    for values, title in zip(zip(*examples), columns):
+        if any(value is not None for value in values):
+            shown.append(title)
     rows = []
-    label_maps = []
     for example in examples:
         height = round(width * example[0].shape[0] / example[0].shape[1])
         size = width, min(max(1, height), 2 * width)
         tiles = []
-        for column in columns:
-            numbers = example[column]
+        for numbers, (title, what) in zip(example, columns.items()):
+            if title not in shown:
+                continue
             if numbers is None:
                 tile = Image.new("RGB", size, "white")
-            elif numbers.ndim == 3:
+            elif what == "image":
                 tile = Image.fromarray(numbers).resize(size)
-            elif numbers.dtype == np.uint8:
-                label_maps.append(numbers)
-                tile = paint(numbers, colours, size)
             else:
-                tile = paint(numbers, palette(64), size)
+                tile = paint(numbers, colours_of[what], size)
             tiles.append(ImageOps.expand(tile, 4, "white"))
         rows.append(np.hstack(tiles))
     sheet = ImageOps.expand(Image.fromarray(np.vstack(rows)), (0, 24, 0, 0), "white")
     draw = ImageDraw.Draw(sheet)
-    for n, column in enumerate(columns):
+    for n, title in enumerate(shown):
         x = 4 + n * (width + 8)
-        draw.text((x, 5), titles[column], "black", ImageFont.load_default(14))
-    used = set().union(*map(np.unique, label_maps))
+        draw.text((x, 5), title, "black", ImageFont.load_default(14))
+    maps = [
+        x for example in examples for x, what in zip(example, columns.values()) if what == "label"
+    ]
+    used = set().union(*(np.unique(x) for x in maps if x is not None))
     entries = [(colours[c], words[c]) for c in sorted(used - {255})]
     if 255 in used:
         entries.append((colours[255], "not scored"))
@@ -1258,9 +1263,9 @@ def open_model(name_or_path, readout=None, activation=None, dino=None, vocabular
 
 
 def describe_resolution(protocol, config):
-    """One line: how large the model sees images, here and in its training."""
+    """One line: how large the model sees images, and how large it saw crops in its training."""
     windows = f"windows of {protocol.window}" if protocol.window else "no windows"
-    sides = f"short side {protocol.short_side}, {config.image_size} in training"
+    sides = f"short side {protocol.short_side}, crops of {config.image_size} in training"
     return f"inference resolution: {sides}; {windows}"
 
 

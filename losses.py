@@ -163,7 +163,10 @@ def superpixel_kl_loss(assign, superpatch):
 
 
 def patchify(image, patch_size):
-    """[B, 3, H, W] -> [B, N, P*P*3]: pixels row by row, the three colours of a pixel together."""
+    """[B, 3, H, W] -> [B, N, P*P*3]: pixels row by row, the three colours of a pixel together.
+
+    H and W are multiples of P.
+    """
     x = image.unflatten(3, (-1, patch_size)).unflatten(2, (-1, patch_size))
     # [B, 3, rows, P, columns, P] -> [B, rows, columns, P, P, 3] -> [B, N, P*P*3]
     return x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)

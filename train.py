@@ -359,10 +359,13 @@ def check_resumed(saved, flags, path):
     """Raises InputError unless a checkpoint is of a run with the same flags."""
     if "flags" not in saved:
         raise InputError(f"{path}: not a checkpoint of train.py that could be resumed")
+    changed = []
     for name, before in saved["flags"].items():
         if before != flags.get(name) and name not in RESUME_MAY_CHANGE:
-            flag = name.replace("_", "-")
-            raise InputError(f"{path}: was trained with --{flag} {before}, not {flags.get(name)}")
+            changed.append(f"--{name.replace('_', '-')} {before}, not {flags.get(name)}")
+    if changed:
+        steps = saved["flags"]["steps"]
+        raise InputError(f"{path}: was trained with {'; '.join(changed)} ({steps} steps)")
 
 
 # --------------------------------------------------------------------------------------------------

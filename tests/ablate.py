@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import train
 import analyse
 from data import SyntheticScenes, superpixels
-from evaluate import Parser
+from evaluate import Parser, run_program
 
 ROWS = {  # name: (what, flags of train.py or None, flags of evaluate.py, the paper's mIoU on VOC)
     "default": ("the default: both losses, 16 centers, 1 cross-attention layer", "", "", "52.60"),
@@ -158,7 +158,7 @@ class SegmentedScenes(SyntheticScenes):
         return self.samples[index]
 
 
-@functools.lru_cache(maxsize=3)  # 0.4 GB each
+@functools.lru_cache(maxsize=3)  # 0.4 GB each; a seed's rows come in two parts
 def open_scenes(seed):
     return [SegmentedScenes(train.SMALL.image_size, seed)]
 
@@ -268,4 +268,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main, "stopped")

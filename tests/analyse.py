@@ -134,18 +134,24 @@ def nearest(values, shape):
 
 
 def run_oracles(segmenter, tokenizer, dataset, limit, workers):
-    """-> metrics of evaluate.py, with "analysis" of the oracles."""
+    """-> metrics of evaluate.py, with "analysis" of the oracles; the first results.
+
+    These are (sample, its predicted label map) of up to four images.
+    """
     names = evaluate.class_names(dataset, segmenter.protocol)
     confusion = Confusion(len(names))
     oracles = Oracles(len(names), segmenter, tokenizer)
+    first = []
     images = evaluate.load_images(segmenter, dataset, range(len(dataset))[:limit], workers, [])
     for sample, result in segmenter(images):
+        if len(first) < 4:
+            first.append((sample, result.label))
         if sample.label is not None:
             confusion.add(result.label, sample.label)
             oracles.add(sample, result)
     if not oracles.regions:
         raise InputError("no image has a label map")
-    return confusion.summary() | {"analysis": oracles.summary()}
+    return confusion.summary() | {"analysis": oracles.summary()}, first
 
 
 # --------------------------------------------------------------------------------------------------
@@ -339,7 +345,7 @@ def main(argv=None):
                 f"area under the ROC curve, {kind}: {'-' if area is None else format(area, '.4f')}"
             )
         return None
-    metrics = run_oracles(segmenter, tokenizer, dataset, args.limit, args.workers)
+    metrics, _ = run_oracles(segmenter, tokenizer, dataset, args.limit, args.workers)
     print(f"{100 * metrics['mIoU']:6.1f} %  mIoU")
     for key, value in metrics["analysis"].items():
         number = "     -  " if value is None else f"{100 * value:6.1f} %"
@@ -353,12 +359,12 @@ def main(argv=None):
 def compare(args):
     """Prints a table in Markdown of the models that train.py left in runs/, and draws a figure."""
     found = {method: Path(run, "checkpoint.pt") for method, run in evaluate.RUNS.items()}
+    names = [name for name, (method, *_) in COMPARED.items() if found[method].exists()]
+    if not names:
+        raise InputError("runs/: no model to compare; run `python train.py`")
     for method, checkpoint in found.items():
         if not checkpoint.exists():
             print(f"no {checkpoint}: run `python train.py --method {method}`", file=sys.stderr)
-    methods = [name for name, (method, *_) in COMPARED.items() if found[method].exists()]
-    if not methods:
-        raise InputError("no model to compare")
     print(
         "The columns from VOC-21 on are published, of a ViT-B/16; GroupViT's of a ViT-S/16 with "
         "two stages (with one, 28.1 on VOC-21).",
@@ -367,23 +373,21 @@ def compare(args):
     print(f"| | mIoU on {args.dataset} | patches | {' | '.join(PUBLISHED_ON)} | protocol |")
     print(f"|---|---|---|{'---|' * len(PUBLISHED_ON)}---|")
     examples = []
-    for name in methods:
+    for name in names:
         method, readout, published, protocol = COMPARED[name]
         segmenter, tokenizer, dataset = open_all(found[method], readout, args)
-        metrics = run_oracles(segmenter, tokenizer, dataset, args.limit, args.workers)
+        metrics, first = run_oracles(segmenter, tokenizer, dataset, args.limit, args.workers)
         measured = [f"{100 * x:.1f} %" for x in (metrics["mIoU"], metrics["analysis"]["patches"])]
         print(f"| {' | '.join([name, *measured, *published.split(), protocol])} |", flush=True)
-        images = evaluate.load_images(segmenter, dataset, range(len(dataset))[:4], 0, [])
-        results = list(segmenter(images))
-        examples = examples or [[sample.image, sample.label] for sample, _ in results]
-        for example, (_, result) in zip(examples, results):
-            example.append(result.label)
+        examples = examples or [[sample.image, sample.label] for sample, _ in first]
+        for example, (_, label) in zip(examples, first):
+            example.append(label)
     path = Path(args.output or "runs/compare", "examples.png")
     path.parent.mkdir(parents=True, exist_ok=True)
     words = evaluate.class_names(dataset, segmenter.protocol)
     colours = evaluate.palette(len(words))
-    titles = ("image", "ground truth", *methods)
-    evaluate.draw_examples(examples, titles, words, colours, path, width=120)
+    columns = {"image": "image", "ground truth": "label"} | dict.fromkeys(names, "label")
+    evaluate.draw_examples(examples, columns, words, colours, path, width=120)
     print(f"wrote {path}", file=sys.stderr)
 
 

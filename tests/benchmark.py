@@ -36,7 +36,7 @@ import model as model_py
 import train
 from clip_loader import Tokenizer
 from data import Batches, SegmentationFolder, TrainingPairs, collate
-from evaluate import Parser, Segmenter, choose_protocol, load_image
+from evaluate import Parser, Segmenter, choose_protocol, load_image, run_program
 from losses import pacl_loss
 from model import Config, SegCLIP
 
@@ -381,9 +381,9 @@ def loader(args):
 
 def training_pairs(shards, count):
     sources = data.open_pairs([shards], Config(), 0)
-    pairs = TrainingPairs(
-        ConcatDataset(sources), Tokenizer.learn([" ".join(WORDS)], 200), Config(), 0.5, 0, 32
-    )
+    tokenizer = Tokenizer.learn([" ".join(WORDS)], 200)
+    recipe = {"crop_scale": 0.5, "text_length": 32}
+    pairs = TrainingPairs(ConcatDataset(sources), tokenizer, Config(), **recipe)
     lengths = [len(source) for source in sources]
     return pairs, Batches(lengths, 0, 20, slice(0, 20), range(count // 20))
 
@@ -491,4 +491,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main, "stopped")

@@ -158,4 +158,4 @@ def hang(*_):
 
 
 if __name__ == "__main__":
-    main()
+    evaluate.run_program(main, "stopped")

@@ -19,7 +19,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from data import COLOURS, GROUNDS, SCENE_WORDS, THINGS, jitter, parallel_map
-from evaluate import Parser
+from evaluate import Parser, run_program
 
 HEIGHT, WIDTH = 120, 160  # of what is drawn
 ENLARGED = 3
@@ -113,4 +113,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main, "stopped")

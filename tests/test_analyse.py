@@ -9,9 +9,10 @@ import torch
 from PIL import Image
 
 import analyse
+import evaluate
 from analyse import Oracles, pairs_of_patches, patch_classes, roc
 from conftest import TINY
-from data import Sample
+from data import Sample, SyntheticScenes
 from evaluate import Segmentation, Segmenter, load_image
 from model import DINO, PACL, DenseCLIP, InputError
 from test_evaluate import KINDS, WORDS, Stripes, halves, protocol_for, save_tiny
@@ -156,7 +157,27 @@ def test_comparison(tmp_path, monkeypatch, capsys):
     head, rule, *rows = printed.out.splitlines()
     present = [name for name in analyse.COMPARED if name != "GroupViT"]
     assert [row.split("|")[1].strip() for row in rows] == present
-    width, height = Image.open(tmp_path / "runs/compare/examples.png").size
-    assert width >= (2 + len(present)) * 120 and height >= 4 * 120
+    assert Image.open(tmp_path / "runs/compare/examples.png").width >= (2 + len(present)) * 120
     assert {row.count("|") for row in (head, rule, *rows)} == {13}
     assert len({row.split("|")[2] for row in rows}) > 3  # each read-out has its own score
+
+
+def test_figure_of_a_comparison(tmp_path, monkeypatch):
+    """In each column of a method is what evaluate.py labels with its checkpoint and read-out."""
+    monkeypatch.chdir(tmp_path)
+    save_tiny(tmp_path / "runs/clip/checkpoint.pt", "clip")
+    drawn = []
+    monkeypatch.setattr(evaluate, "draw_examples", lambda *args, **_: drawn.extend(args[:2]))
+    run("--compare", "--limit", 5, "--workers", 0)
+    examples, columns = drawn
+    assert list(columns)[:4] == ["image", "ground truth", "CLIP", "MaskCLIP"]
+    assert len(examples) == 4 and {len(example) for example in examples} == {len(columns)}
+    scenes = SyntheticScenes(TINY.image_size, split="val")
+    for i, example in enumerate(examples):
+        assert (example[0] == scenes[i].image).all() and (example[1] == scenes[i].label).all()
+    flags = "--checkpoint runs/clip/checkpoint.pt --limit 4 --workers 0 --device cpu".split()
+    for column, readout in ((2, "clip"), (3, "maskclip")):
+        evaluate.main([*flags, "--readout", readout, "--output", readout])
+        for i, example in enumerate(examples):
+            label = np.asarray(Image.open(f"{readout}/predictions/scene{i:05}.png"))
+            assert (example[column] == label).all()

@@ -788,7 +788,9 @@ def test_one_image(score, tmp_path, capsys):
     shares = [float(line.split()[-2]) for line in lines if line.endswith("%")]
     assert sum(shares) == pytest.approx(100, abs=0.2)
     resolution, unknown = printed.err.splitlines()
-    assert resolution == "inference resolution: short side 32, 32 in training; windows of 32"
+    assert (
+        resolution == "inference resolution: short side 32, crops of 32 in training; windows of 32"
+    )
     assert unknown == "rare or unknown in the captions of training: polar bear"
 
 

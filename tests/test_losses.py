@@ -100,6 +100,7 @@ def test_patchify_order():
     image = torch.arange(2 * 3 * 4 * 6).view(2, 3, 4, 6).float()
     patches = patchify(image, 2)
     assert patches.shape == (2, 6, 12)
+    assert patches[0, 1, :6].tolist() == [2, 26, 50, 3, 27, 51]  # colours of pixels (0, 2), (0, 3)
     rows = image.view(2, 3, 2, 2, 3, 2)  # [B, colour, row, y, column, x]
     assert torch.equal(patches, rows.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2))
 

@@ -175,6 +175,10 @@ def test_a_batch_has_no_padding_beyond_its_longest_text():
     clip = CLIP(dataclasses.replace(TINY, context_length=6, vocab_size=12))
     whole = clip.encode_text(torch.tensor(texts))
     assert torch.allclose(clip.encode_text(text), whole, atol=1e-6)
+    # GroupViT's captions with prompts, of which one is the longest text.
+    items = [(*item[:2], np.array([text, texts[0]]), []) for item, text in zip(items, texts)]
+    _, _, text, _ = data.collate(items)
+    assert text.tolist() == [[row[:4], texts[0][:4]] for row in texts]
 
 
 def test_texts_of_a_caption_and_its_nouns():

@@ -5,6 +5,8 @@ import sys
 
 import pytest
 import torch
+
+import evaluate
 from test_evaluate import save_tiny
 
 COMMANDS = {  # what of their output says that they came to the end
@@ -19,6 +21,15 @@ COMMANDS = {  # what of their output says that they came to the end
     "analyse.py --checkpoint {checkpoint} --limit 4": "regions per image",
     "analyse.py --checkpoint {checkpoint} --limit 4 --coherence": "area under the ROC curve",
 }
+
+
+@pytest.mark.parametrize("program", ["ablate", "benchmark", "fuzz", "photographs"])
+def test_a_wrong_flag_is_one_line(program, monkeypatch, capfd):
+    monkeypatch.setattr(sys, "argv", [f"{program}.py", "--toaster"])
+    module = importlib.import_module(program)
+    with pytest.raises(SystemExit):
+        evaluate.run_program(module.main, "stopped")
+    assert capfd.readouterr().err.count("\n") == 1
 
 
 @pytest.mark.parametrize("command", COMMANDS)
