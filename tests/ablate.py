@@ -1,6 +1,6 @@
 """The paper's ablations on synthetic scenes: what each part does to the small default.
 
-python tests/ablate.py          two to three hours on two cores; stopped, the same command goes on
+python tests/ablate.py          over an hour on two cores; stopped, the same command goes on
 
 Each row is `python train.py` with other flags, shorter than the default, scored by
 tests/analyse.py; the seed decides the scenes, their order, the new weights and all noise.
