@@ -887,35 +887,31 @@ def draw_examples(examples, columns, words, colours, path, width=200):
     """
     colours = np.vstack([colours, np.full((256 - len(colours), 3), 255, np.uint8)])  # 255 is white
     colours_of = {"label": colours, "regions": palette(64)}
-    shown = []  # titles, without those of empty columns
-    for values, title in zip(zip(*examples), columns):
+    shown = []  # title, what it shows, its value in each example; without empty columns
+    for (title, what), values in zip(columns.items(), zip(*examples)):
         if any(value is not None for value in values):
-            shown.append(title)
+            shown.append((title, what, values))
     rows = []
-    for example in examples:
+    for n, example in enumerate(examples):
         height = round(width * example[0].shape[0] / example[0].shape[1])
         size = width, min(max(1, height), 2 * width)
         tiles = []
-        for numbers, (title, what) in zip(example, columns.items()):
-            if title not in shown:
-                continue
-            if numbers is None:
+        for _, what, values in shown:
+            if values[n] is None:
                 tile = Image.new("RGB", size, "white")
             elif what == "image":
-                tile = Image.fromarray(numbers).resize(size)
+                tile = Image.fromarray(values[n]).resize(size)
             else:
-                tile = paint(numbers, colours_of[what], size)
+                tile = paint(values[n], colours_of[what], size)
             tiles.append(ImageOps.expand(tile, 4, "white"))
         rows.append(np.hstack(tiles))
     sheet = ImageOps.expand(Image.fromarray(np.vstack(rows)), (0, 24, 0, 0), "white")
     draw = ImageDraw.Draw(sheet)
-    for n, title in enumerate(shown):
+    for n, (title, _, _) in enumerate(shown):
         x = 4 + n * (width + 8)
         draw.text((x, 5), title, "black", ImageFont.load_default(14))
-    maps = [
-        x for example in examples for x, what in zip(example, columns.values()) if what == "label"
-    ]
-    used = set().union(*(np.unique(x) for x in maps if x is not None))
+    label_maps = [x for _, what, values in shown if what == "label" for x in values]
+    used = set().union(*(np.unique(x) for x in label_maps if x is not None))
     entries = [(colours[c], words[c]) for c in sorted(used - {255})]
     if 255 in used:
         entries.append((colours[255], "not scored"))

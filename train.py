@@ -364,8 +364,8 @@ def check_resumed(saved, flags, path):
         if before != flags.get(name) and name not in RESUME_MAY_CHANGE:
             changed.append(f"--{name.replace('_', '-')} {before}, not {flags.get(name)}")
     if changed:
-        steps = saved["flags"]["steps"]
-        raise InputError(f"{path}: was trained with {'; '.join(changed)} ({steps} steps)")
+        advice = "give the same, or another --output"
+        raise InputError(f"{path}: was trained with {'; '.join(changed)}; {advice}")
 
 
 # --------------------------------------------------------------------------------------------------

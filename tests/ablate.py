@@ -31,7 +31,7 @@ from data import SyntheticScenes, superpixels
 from evaluate import Parser, run_program
 
 ROWS = {  # name: (what, flags of train.py or None, flags of evaluate.py, the paper's mIoU on VOC)
-    "default": ("the default: both losses, 16 centers, 1 cross-attention layer", "", "", "52.60"),
+    "default": ("the default: all losses, 16 centers, 1 cross-attention layer", "", "", "52.60"),
     "con": (
         "*Table 1*: contrastive loss alone",
         "--reconstruction-weight 0 --superpixel-weight 0",
