@@ -75,8 +75,9 @@ def openai_state(clip):
 def save_archive(clip, path):
     for name, size in SIZES.items():
         clip.register_buffer(name, size, persistent=False)
-    inputs = (torch.zeros(2, 3, 32, 32).half(), torch.zeros(2, 12, dtype=torch.long))
-    torch.jit.trace(clip.half(), inputs).save(path)
+    inputs = {"encode_image": torch.zeros(2, 3, 32, 32).half()}
+    inputs["encode_text"] = torch.zeros(2, 12, dtype=torch.long)
+    torch.jit.trace_module(clip.half(), inputs).save(path)
 
 
 DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}

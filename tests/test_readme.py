@@ -1,5 +1,6 @@
-"""README.md and docs/*.md: names exist, programs take the flags, links lead somewhere."""
+"""README.md and docs/*.md: names and flags exist, commands are understood, links lead somewhere."""
 
+import contextlib
 import importlib
 import re
 import shlex
@@ -8,59 +9,58 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = {
-    path: path.read_text() for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-}
+PAGES = {path: path.read_text() for path in [ROOT / "README.md", *ROOT.glob("docs/*.md")]}
 ALL = "\n".join(PAGES.values())
-PAPER_TO_CODE = PAGES[ROOT / "docs" / "paper-to-code.md"]
+FILES = "model losses clip_loader data train evaluate".split()
+PROGRAMS = "train evaluate tests/ablate tests/analyse tests/benchmark tests/photographs".split()
+TORCHRUN = "--standalone --nnodes --nproc_per_node --rdzv_backend --rdzv_endpoint".split()
 
-# "`losses.py`: `total_loss`, `GatherRows`" -> ("losses", "`total_loss`, `GatherRows`")
-PLACES = re.findall(r"`(?:tests/)?(\w+)\.py`: ((?:`[\w.]+`(?:, )?)+)", ALL)
 
-# "python evaluate.py --image x.jpg" -> ("evaluate", " --image x.jpg"); "torchrun ...", too
-COMMANDS = re.findall(
-    r"(?:python|torchrun [^`\n]*?) ?(train|evaluate|tests/analyse)\.py([^`\n&;]*)", ALL
-)
-# `R` and `C` stand for a command in the table of the paper's ablations
-SHORT = {
-    "R": "--recipe paper --data ...",
-    "C": "--recipe paper --data ... --reconstruction-weight 0 --superpixel-weight 0",
-}
-COMMANDS += [
-    ("train", f"{SHORT[name]}{flags}")
-    for name, flags in re.findall(r"`([RC])((?: --[^`\n]*)?)`", ALL)
-]
+def parse_args(program, flags):
+    return importlib.import_module(program.removeprefix("tests/")).parse_args(flags)
 
 
 def test_every_name_exists():
-    assert len(PLACES) > 20
-    for file, names in PLACES:
+    # "`losses.py`: `total_loss`, `Pairs.row`" -> ("losses", "`total_loss`, `Pairs.row`")
+    places = re.findall(r"`(?:tests/)?(\w+)\.py`: ((?:`[\w.]+`(?:, )?)+)", ALL)
+    assert len(places) > 10
+    for file, names in places:
         for name in re.findall(r"[\w.]+", names):
-            found = importlib.import_module(file)  # tests/analyse.py is found beside this file
+            found = importlib.import_module(file)
             for part in name.split("."):
                 assert hasattr(found, part), f"{file}.py has no {name}"
                 found = getattr(found, part)
 
 
-def test_every_equation_has_its_place():
-    rows = "".join(line for line in PAPER_TO_CODE.splitlines() if line.startswith("| Eq"))
-    covered = {
-        number
-        for first, last in re.findall(r"Eqs?\. (\d+)(?:-(\d+))?", rows)
-        for number in range(int(first), int(last or first) + 1)
-    }
-    assert covered == set(range(1, 11))
+def test_every_flag_exists(capsys):
+    for program in PROGRAMS:
+        with contextlib.suppress(SystemExit):
+            parse_args(program, ["--help"])
+    flag = r"(?<![\w-])--[a-z][\w-]*"
+    known = {*re.findall(flag, capsys.readouterr().out), *TORCHRUN}
+    assert not {*re.findall(flag, ALL)} - known
+
+
+# "python evaluate.py --images x" -> ("evaluate", " --images x"); "torchrun ...", too
+COMMANDS = re.findall(rf"(?:python|torchrun [^`\n]*?) ?({'|'.join(PROGRAMS)})\.py([^`\n&;]*)", ALL)
 
 
 @pytest.mark.parametrize("program, flags", sorted(set(COMMANDS)))
-def test_every_command_has_known_flags(program, flags):
-    flags = shlex.split(flags.split("-->")[0], comments=True)
-    if "--help" in flags:
-        return
-    if flags[-1:] == ["..."] and flags[-2:-1] != ["--data"]:  # "and so on"
-        flags.pop()
-    module = importlib.import_module(program.removeprefix("tests/"))
-    module.parse_args(flags)  # which exits for an unknown flag
+def test_every_command_is_understood(program, flags):
+    flags = shlex.split(flags, comments=True)
+    # "..." is a value, or else "and so on"
+    flags = [x for before, x in zip(["", *flags], flags) if x != "..." or before.startswith("--")]
+    if "--help" not in flags:
+        parse_args(program, flags)  # or raises
+
+
+def test_every_equation_has_its_place():
+    page = PAGES[ROOT / "docs/paper-to-code.md"]
+    rows = "".join(line for line in page.splitlines() if line.startswith("| Eq"))
+    covered = set()
+    for first, last in re.findall(r"Eqs?\. (\d+)(?:-(\d+))?", rows):
+        covered |= {*range(int(first), int(last or first) + 1)}
+    assert covered == {*range(1, 11)}
 
 
 def anchors(page):
@@ -72,10 +72,16 @@ def anchors(page):
 def test_every_link_leads_somewhere():
     for path, page in PAGES.items():
         for target in re.findall(r"\]\(([^)]+)\)", page):
-            if target.startswith("https://"):
-                continue
             file, _, anchor = target.partition("#")
             linked = (path.parent / file).resolve() if file else path
-            assert linked.exists(), f"{path.name}: {target}"
-            if anchor:
-                assert anchor in anchors(PAGES[linked]), f"{path.name}: {target}"
+            if not target.startswith("https://"):
+                assert linked.exists(), f"{path.name}: {target}"
+                assert not anchor or anchor in anchors(PAGES[linked]), f"{path.name}: {target}"
+
+
+def test_the_readme_says_how_long_the_files_are():
+    """To 5 %, as "| `model.py` | 930 | ..."."""
+    stated = dict(re.findall(r"^\| `(\w+)\.py` \| ([\d,]+) \|", ALL, re.MULTILINE))
+    for file in FILES:
+        lines = len((ROOT / f"{file}.py").read_text().splitlines())
+        assert int(stated[file].replace(",", "")) == pytest.approx(lines, rel=0.05), file
