@@ -129,7 +129,7 @@ def coherence(model, samples, short_side, patches=40):
 # --------------------------------------------------------------------------------------------------
 # The program
 
-NOT_HERE = "images labels_dir words background classify heat workers".split()
+NOT_HERE = "images labels_dir words background heat workers".split()
 
 
 def parse_args(argv=None):

@@ -194,7 +194,7 @@ def benchmark_loader(args):
         def prepare(has_superpixels):
             how = {"crop_scale": 0.5, "text_length": 32, "has_superpixels": has_superpixels}
             pairs = data.TrainingPairs(source, tokenizer, Config(), **how)
-            return [pairs[i, i] for i in range(count)]
+            return [pairs[i] for i in range(count)]
 
         ways = {
             "decoding alone": lambda: [np.asarray(Image.open(path)) for path in photographs],
