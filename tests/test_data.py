@@ -1,377 +1,367 @@
-"""Scenes, superpixels, crops, and images and label maps in every form that people have them."""
+"""Scenes, images and label maps in every form, superpixels and crops, and image-text pairs."""
 
 import hashlib
+import io
+import json
 import os
-import struct
-import subprocess
-import tracemalloc
+import pickle
+import tarfile
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image, PngImagePlugin
+from PIL import Image
+from torch.utils.data import ConcatDataset, DataLoader
 
-from conftest import assert_one_line
-from data import (
-    COLOURS,
-    GROUNDS,
-    SCENE_WORDS,
-    THINGS,
-    ImageFolder,
-    SegmentationFolder,
-    SyntheticScenes,
-    normalise,
-    patch_labels,
-    random_resized_crop,
-    read_image,
-    read_label,
-    resize_bilinear,
-    superpixels,
-    value_table,
-)
+import data
+from clip_loader import Tokenizer
+from conftest import TINY
+from data import Sample, SyntheticScenes, TrainingPairs
 from model import InputError
 
-# --------------------------------------------------------------------------------------------------
-# Synthetic scenes
+
+def refused(pattern):
+    return pytest.raises(InputError, match=pattern)
 
 
 def test_scenes_are_the_same_on_every_machine():
     """If this value changes, no result on the scenes can be compared with an older one."""
     digest = hashlib.sha256()
     for split in ("train", "val"):
-        scenes = SyntheticScenes(64, seed=0, split=split)
         for i in (0, 1, 2, 1000):
-            sample = scenes[i]
+            sample = SyntheticScenes(64, seed=0, split=split)[i]
             digest.update(sample.image.tobytes() + sample.label.tobytes())
             digest.update(sample.caption.encode())
     assert digest.hexdigest()[:16] == "d0e1a94116df28bc"
 
 
-def test_splits_and_seeds_differ():
-    keys = [(seed, split) for seed in (0, 1) for split in ("train", "val")]
-    images = [SyntheticScenes(64, *key)[0].image.tobytes() for key in keys]
-    assert len(set(images)) == 4
-
-
-def words_of(sample):
-    return "".join(x if x.isalpha() else " " for x in sample.caption).split()
-
-
-def test_captions_name_what_is_in_the_scene_and_nothing_else():
-    counts = {word: 0 for word in SCENE_WORDS}
-    complete = 0
-    for sample in (SyntheticScenes(64)[i] for i in range(300)):
-        present = {SCENE_WORDS[c] for c in np.unique(sample.label)}
-        named = set(words_of(sample)) & set(SCENE_WORDS)
-        assert named and named <= present, sample.caption
-        complete += named == present
-        for word in present:
-            counts[word] += 1
-    assert min(counts.values()) > 20
-    assert 200 < complete < 300  # one caption in nine names only one thing
-
-
-def test_unseen_scenes_have_only_combinations_that_training_has_not():
-    met = {"train": set(), "val": set(), "unseen": set()}
-    for split in met:
-        scenes = SyntheticScenes(16, split=split)
-        for sample in (scenes[i] for i in range(400)):
-            grounds = {SCENE_WORDS[c] for c in np.unique(sample.label)} & GROUNDS.keys()
-            words = words_of(sample)
-            for colour, thing in zip(words, words[1:]):
-                if colour in COLOURS and thing in THINGS and len(grounds) == 1:
-                    met[split].add((colour, thing, *grounds))
-    assert len(met["unseen"]) > 15 and len(met["train"]) > 30
-    assert not met["unseen"] & (met["train"] | met["val"])
-
-
-# --------------------------------------------------------------------------------------------------
-# Superpixels and crops
+def test_superpixels_follow_the_objects():
+    image = np.zeros((64, 128, 3), np.uint8)
+    image[:, 64:] = 255
+    segments = data.superpixels(image, 32, 8)
+    assert segments.shape == (32, 64)  # reduced
+    assert np.ptp(segments[:, :28]) == np.ptp(segments[:, 36:]) == 0 < np.ptp(segments)
 
 
 def test_patch_label_is_the_floor_of_the_mean():
-    segments = np.zeros((4, 8), int)
-    segments[:, 2:4] = 3  # first patch: half 0, half 3 -> 1.5 -> 1
+    segments = np.zeros((8, 8), int)
+    segments[:4, 2:4] = 3  # first patch: half 0, half 3 -> 1.5 -> 1
     segments[:, 4:] = 7
     segments[0, 4] = 2  # second: 15 of 16 pixels 7 -> 6.69 -> 6
-    assert patch_labels(segments, 4).tolist() == [1, 6]
-
-
-def test_patch_label_by_majority():
-    segments = np.zeros((4, 12), int)
-    segments[:, 2:4] = 3  # first patch: 6 pixels of 0, 8 of 3, 2 of 9
-    segments[:2, 0] = 9
-    segments[:, 4:8] = 7
-    segments[0, 4:8] = 2
-    segments[:, 8:10] = 6  # third: a tie, the smaller id
-    segments[:, 10:] = 5
-    assert patch_labels(segments, 4, "majority").tolist() == [3, 7, 5]
-
-
-def test_superpixels_follow_the_objects():
-    image = np.zeros((64, 64, 3), np.uint8)
-    image[:, 32:] = 255
-    segments = superpixels(image, 64, 8)
-    left, right = segments[:, :28], segments[:, 36:]
-    assert len(np.unique(left)) == len(np.unique(right)) == 1 and left[0, 0] != right[0, 0]
+    assert data.patch_labels(segments, 4).tolist() == [1, 6, 0, 7]
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (50, 90), (90, 30), (8, 200), (1, 1)])
-def test_crops_keep_image_and_superpixels_aligned(shape):
-    """An image whose red is its superpixel id stays so in every crop."""
+@pytest.mark.parametrize("reduction", [1, 2])  # superpixels are those of a reduced image
+def test_crops_keep_image_and_superpixels_aligned(monkeypatch, shape, reduction):
+    """Also mirrored ones: an image whose gray is the id of its superpixel stays so."""
     rows, columns = np.mgrid[: shape[0], : shape[1]]
-    segments = rows // 8 * 16 + columns // 8
-    image = np.stack([segments % 256, rows % 256, columns % 256], axis=-1).astype(np.uint8)
-    for seed in range(10):
+    ids = (rows * 50 // shape[0] + columns * 200 // shape[1]).astype(np.uint8)
+    monkeypatch.setattr(data, "superpixels", lambda *_: ids[::reduction, ::reduction])
+    pairs = training([Sample(np.dstack([ids] * 3), None, "", "")], mirror=True)
+    crops = [pairs[position][:2] for position in range(40)]
+    for crop, superpatch in crops:
+        patches = crop[..., 0].reshape(4, 8, 4, 8).mean(axis=(1, 3)).ravel()
+        assert abs(patches - superpatch).max() < 8
+    assert shape == (1, 1) or 10 < sum(crop[0, 0, 0] > crop[0, -1, 0] for crop, _ in crops) < 30
+
+
+def test_sizes_of_crops():
+    shares = []
+    for seed in range(50):
         rng = np.random.RandomState(seed)
-        crop, labels = random_resized_crop(image, segments, 64, rng, scale=0.5)
-        assert crop.shape == (64, 64, 3) and labels.shape == (64, 64)
-        inside = np.ones((64, 64), bool)  # away from borders, where bicubic interpolation blends
-        for dy in (-3, 3):
-            for dx in (-3, 3):
-                inside &= np.roll(labels, (dy, dx), (0, 1)) == labels
-        if inside.any():
-            assert (crop[..., 0][inside] == labels[inside] % 256).mean() > 0.9
-
-
-def test_crops_keep_at_least_their_share():
-    rows, columns = np.mgrid[:100, :100]
-    image = np.stack([rows, columns, columns], axis=-1).astype(np.uint8)
-    sizes = []
-    for seed in range(100):
-        rng = np.random.RandomState(seed)
-        _, labels = random_resized_crop(image, rows * 100 + columns, 50, rng, scale=0.5)
-        height, width = (np.ptp(labels // 100) + 2), (np.ptp(labels % 100) + 2)
-        sizes.append(height * width / 1e4)
-    assert min(sizes) > 0.45 and max(sizes) > 0.9 and np.std(sizes) > 0.05
-
-
-@pytest.mark.parametrize("height, width", [(8, 200), (200, 8)])
-def test_where_no_crop_fits_it_is_the_center(height, width):
-    """As in torchvision's RandomResizedCrop: as much as the ratio 4 to 3 allows."""
-    rows, columns = np.mgrid[:height, :width]
-    image = np.stack([rows, columns, columns], axis=-1).astype(np.uint8)
-    rng = np.random.RandomState(0)
-    _, labels = random_resized_crop(image, rows + columns, 64, rng, scale=0.5)
-    assert labels.min() == (200 - 11) // 2 and np.ptp(labels) == 11 - 1 + 8 - 1
-
-
-def test_a_whole_crop_changes_nothing():
-    image = SyntheticScenes(64)[0].image
-    segments = superpixels(image, 64, 8)
-    crop, same = random_resized_crop(image, segments, 64, np.random.RandomState(0), scale=1.0)
-    assert (crop == image).all() and (same == segments).all()
-
-
-def test_normalise():
-    image = torch.tensor([0, 128, 255], dtype=torch.uint8).view(3, 1, 1)
-    expected = [-0.48145466 / 0.26862954, (128 / 255 - 0.4578275) / 0.26130258]
-    expected.append((1 - 0.40821073) / 0.27577711)
-    assert torch.allclose(normalise(image).flatten(), torch.tensor(expected))
-
-
-# --------------------------------------------------------------------------------------------------
-# Image files
+        places = np.arange(99 * 99).reshape(99, 99)
+        _, crop = data.random_resized_crop(np.zeros((99, 99, 3), np.uint8), places, 50, rng, 0.5)
+        shares.append((np.ptp(crop // 99) + 2) * (np.ptp(crop % 99) + 2) / 99**2)
+    assert 0.45 < min(shares) < 0.6 and max(shares) > 0.9
 
 
 def test_images_of_every_mode_look_as_in_a_viewer(tmp_path):
     rgb = np.array([[[255, 0, 0], [0, 255, 0]], [[0, 0, 255], [128, 128, 128]]], np.uint8)
-    grey = np.array([[0, 100], [200, 255]], np.uint8)
+    gray = np.array([[0, 100], [200, 255]])
 
     def shown(image, name="a.png", **options):
         image.save(tmp_path / name, **options)
-        return read_image(tmp_path / name)
+        return data.read_image(tmp_path / name).astype(int)
 
     image = Image.fromarray(rgb)
     palette = image.quantize(4)
-    assert (shown(image) == rgb).all()
-    assert (shown(Image.fromarray(grey)) == grey[..., None]).all()
-    assert (shown(Image.fromarray(grey.astype(np.uint16) * 257)) == grey[..., None]).all()  # 16 bit
     assert (shown(palette) == rgb).all()
-    assert abs(shown(image.convert("CMYK"), "a.tif").astype(int) - rgb).max() <= 1
-    assert (shown(Image.fromarray(grey > 128)) == (grey > 128)[..., None] * 255).all()  # 1 bit
-
-    alpha = np.array([[255, 0], [255, 128]], np.uint8)
-    transparent = shown(Image.fromarray(np.dstack([rgb, alpha])))
-    assert (transparent[0, 0] == rgb[0, 0]).all() and (transparent[0, 1] == 255).all()  # on white
-    assert (abs(transparent[1, 1].astype(int) - 191) <= 1).all()
-    assert (shown(Image.fromarray(np.dstack([grey, alpha]), "LA"))[0, 1] == 255).all()
     assert (shown(palette, transparency=palette.getpixel((1, 0)))[0, 1] == 255).all()
-
-
-# Where the white corner of the file is on the screen.
-CORNERS = {1: (0, 0), 2: (0, -1), 3: (-1, -1), 4: (-1, 0)}
-CORNERS |= {n + 4: CORNERS[n] for n in CORNERS}
-
-
-@pytest.mark.parametrize("orientation", CORNERS)
-def test_exif_orientation(tmp_path, orientation):
-    rows = np.zeros((20, 40, 3), np.uint8)
-    rows[:10, :20] = 255
+    assert (shown(Image.fromarray(gray.astype(np.uint16) * 257)) == gray[..., None]).all()  # 16 bit
+    image.putalpha(Image.fromarray(np.array([[255, 0], [255, 128]], np.uint8)))
+    on_white = [[[255, 0, 0], [255] * 3], [[0, 0, 255], [191] * 3]]
+    assert abs(shown(image) - on_white).max() <= 1
+    corner = np.zeros((32, 64), np.uint8)
+    corner[:16, :16] = 255
     exif = Image.Exif()
-    exif[0x0112] = orientation
-    Image.fromarray(rows).save(tmp_path / "a.jpg", exif=exif, quality=100, subsampling=0)
-    image = read_image(tmp_path / "a.jpg")
-    assert image.shape == ((20, 40, 3) if orientation < 5 else (40, 20, 3))
-    assert image[CORNERS[orientation]].min() > 240
-    assert (image > 128).mean() == pytest.approx(0.25, abs=0.02)
+    exif[0x0112] = 6  # to the right
+    turned = shown(Image.fromarray(corner), "a.jpg", exif=exif)
+    assert (turned == np.rot90(corner, -1)[..., None]).all()
 
 
-def test_files_that_are_not_images(tmp_path):
-    (tmp_path / "text.jpg").write_bytes(b"hello")
-    (tmp_path / "empty.jpg").write_bytes(b"")
-    noise = np.random.RandomState(0).randint(0, 255, (99, 99, 3), np.uint8)
-    Image.fromarray(noise).save(tmp_path / "cut.jpg")
-    (tmp_path / "cut.jpg").write_bytes((tmp_path / "cut.jpg").read_bytes()[:3000])
-    for name, reason in {"text": "", "empty": "", "cut": "truncated", "none": "no such"}.items():
-        with pytest.raises(InputError) as error:
-            read_image(tmp_path / f"{name}.jpg")
-        assert_one_line(error, tmp_path / name, reason)
+def test_broken_images(tmp_path):
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"  # would start a program
+    for reason, content in {"truncated": encoded(0, "PNG")[:3000], "identify": eps}.items():
+        (tmp_path / "a.jpg").write_bytes(content)
+        with refused(f"a.jpg: .*{reason}"):
+            data.read_image(tmp_path / "a.jpg")
 
 
-def refused(function, *args):
-    """The message of the InputError that a function must raise."""
-    with pytest.raises(InputError) as error:
-        function(*args)
-    return error
+def write_image(path, array=((1,),)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.array(array, np.uint8)).save(path)
 
 
-def test_images_of_no_sensible_size_are_refused(tmp_path, monkeypatch):
-    """Before they are decoded: a file of 10 KB can hold 8,000,000 x 1 pixels."""
-    path = tmp_path / "a.png"
-    table = value_table([0])
-    for size in ((101, 1), (1, 101), (30, 31)):
-        Image.new("L", size).save(path)
-        label = np.zeros((*size[::-1], 3), np.uint8)
-        if size[0] == 30:
-            assert read_image(path).shape == label.shape
-            monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 400)  # Pillow refuses twice as many
-        monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", lambda *_: pytest.fail("decoded"))
-        size = "930 pixels" if size[0] == 30 else "x".join(map(str, size))
-        assert_one_line(refused(read_image, path), path, size)
-        assert_one_line(refused(read_label, path, label, table), path, size)
-        monkeypatch.undo()
+VOC = ("JPEGImages/x.jpg", "SegmentationClass/x.png", "ImageSets/Segmentation/val.txt")
+CONTEXT = ("JPEGImages/x.jpg", "SegmentationClassContext/x.png",
+    "ImageSets/SegmentationContext/val.txt")  # fmt: skip
+COCO = ("images/val2017/x.jpg", "annotations/val2017/x.png", None)
+LAYOUTS = {  # image and label map; the list of names; {value in the label map: its class}
+    "pascal_voc": (*VOC, {0: 0, 1: 1, 20: 20, 255: 255}),
+    "pascal_voc20": (*VOC, {0: 255, 1: 0, 20: 19, 255: 255}),
+    "pascal_context": (*CONTEXT, {0: 0, 1: 1, 59: 59}),
+    "pascal_context59": (*CONTEXT, {0: 255, 1: 0, 59: 58}),
+    "coco_object": (*COCO, {0: 1, 10: 11, 12: 12, 89: 80, 91: 0, 181: 0, 255: 0}),
+    "coco_stuff": (*COCO, {0: 0, 10: 10, 12: 11, 89: 79, 91: 80, 181: 170, 255: 255}),
+    "ade20k": ("images/validation/x.jpg", "annotations/validation/x.png", None,
+        {0: 255, 1: 0, 150: 149}),
+    "cityscapes": ("leftImg8bit/val/y/x_leftImg8bit.png", "gtFine/val/y/x_gtFine_labelIds.png",
+        None, {0: 255, 7: 0, 8: 1, 13: 4, 28: 15, 30: 255, 33: 18}),
+}  # fmt: skip
 
 
-def test_a_decoder_may_fail_in_any_way(tmp_path, monkeypatch):
-    path = tmp_path / "a.png"
-    Image.new("L", (4, 4)).save(path)
-    for kind in (struct.error, EOFError, ZeroDivisionError, MemoryError):
-
-        def fail(*_, kind=kind):
-            raise kind("broken")
-
-        monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", fail)
-        assert_one_line(refused(read_image, path), path, "broken")
-        label = np.zeros((4, 4, 3), np.uint8)
-        assert_one_line(refused(read_label, path, label, value_table([0])), path, "broken")
-
-
-def test_a_pipe_is_no_file(tmp_path):
-    """To read it would wait for ever."""
-    path = tmp_path / "pipe.png"
-    os.mkfifo(path)
-    image = np.zeros((4, 4, 3), np.uint8)
-    assert_one_line(refused(read_image, path), path, "no such file")
-    assert_one_line(refused(read_label, path, image, value_table([0])), path, "no such file")
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_benchmarks(tmp_path, name):
+    image, label, split, classes = LAYOUTS[name]
+    with refused("val"):
+        data.open_benchmark(name, tmp_path)
+    if split:
+        (tmp_path / split).parent.mkdir(parents=True)
+        (tmp_path / split).write_text("x\r\n\n")
+    write_image(tmp_path / image, [[9] * len(classes)])
+    write_image(tmp_path / label, [list(classes)])
+    dataset = data.open_benchmark(name, tmp_path)
+    (sample,) = [dataset[i] for i in range(len(dataset))]
+    assert sample.label.tolist() == [list(classes.values())]
+    assert max({*classes.values()} - {255}) + 1 == len(dataset.words) + dataset.has_background
 
 
-def test_an_eps_file_starts_no_program(tmp_path, monkeypatch):
-    """Pillow would run Ghostscript on it."""
-    Image.new("RGB", (9, 9)).save(tmp_path / "a.eps")
-    (tmp_path / "a.eps").rename(tmp_path / "a.jpg")
-    monkeypatch.setattr(subprocess, "check_call", lambda *_, **__: pytest.fail("a program"))
-    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a program"))
-    with pytest.raises(InputError) as error:
-        read_image(tmp_path / "a.jpg")
-    assert_one_line(error, "a.jpg", "cannot identify")
+def test_own_images_and_label_maps(tmp_path):
+    images, labels, words = tmp_path / "images", tmp_path / "labels", ["cat", "dog"]
+    with refused("no image"):
+        data.open_folder(images, None, words)
+    for name in ("a.jpg", "sub/b.PNG", "._a.jpg"):  # macOS leaves such files
+        write_image(images / name, [[1, 2, 3]])
+    a, b = data.open_folder(images, None, words)
+    assert (a.name, b.name) == ("a", os.path.join("sub", "b")) and a.label is None
+    with refused("no label map"):
+        data.open_folder(images, labels, words)
+    write_image(labels / "a.png", [[2]])
+    dataset = data.open_folder(images, labels, words)
+    assert dataset[1].label is None  # labeled, not scored
+    for word, label in {"value 2": [[0, 2, 1]], "shape": [[0]]}.items():
+        write_image(labels / "a.png", label)
+        with refused(f"a.png: .*{word}"):
+            dataset[0]
+    write_image(labels / "a.png", [[0, 2, 255]])
+    (alone,) = data.open_folder(images / "a.jpg", labels, words, has_background=True)
+    assert alone.name == "a" and alone.label.tolist() == [[0, 2, 255]]
 
 
-def test_label_maps(tmp_path):
-    path = tmp_path / "a.png"
-    image = np.zeros((4, 6, 3), np.uint8)
-    label = np.arange(24, dtype=np.uint8).reshape(4, 6)
-    palette = Image.fromarray(label)
-    palette.putpalette(list(range(256)) * 3)
-    palette.save(path)
-    assert (read_label(path, image, value_table(range(24))) == label).all()
-    label[0, 0] = 255
-    Image.fromarray(label).save(path)
-    assert (read_label(path, image, value_table(range(24))) == label).all()
-    assert read_label(path, image, value_table(range(1, 24), [0]))[0].tolist()[:3] == [255, 0, 1]
-
-    def fails(image=image, classes=24):
-        with pytest.raises(InputError) as error:
-            read_label(path, image, value_table(range(classes)))
-        return error
-
-    assert_one_line(fails(classes=23), path, "value 23", "--ignore 23")
-    assert_one_line(fails(image.swapaxes(0, 1)), path, "6x4", "4x6")
-    Image.fromarray(image).save(path)
-    assert_one_line(fails(), path, "RGB")
-    path.write_bytes(b"no")
-    assert_one_line(fails(), path)
+def encoded(i, kind="JPEG"):
+    file = io.BytesIO()
+    Image.fromarray(SyntheticScenes(64)[i].image).save(file, kind)
+    return file.getvalue()
 
 
-def test_resize_of_the_smallest_images():
-    assert (resize_bilinear(np.full((1, 1, 3), 77, np.uint8), 5, 7) == 77).all()
-    assert (resize_bilinear(np.full((1, 200, 3), 9, np.uint8), 64, 640) == 9).all()
+def open_all(*specs, workers=0):
+    return ConcatDataset(data.open_pairs([str(spec) for spec in specs], 32, 0, workers))
 
 
-@pytest.mark.parametrize("size", [(300, 450), (1000, 1500)])  # the second is OpenCV's special case
-def test_resize_needs_no_copy_of_the_image_in_larger_numbers(size):
-    image = np.zeros((2000, 3000, 3), np.uint8)
-    tracemalloc.start()
-    resize_bilinear(image, *size)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 1.5 * image.nbytes
+def training(source, **options):
+    options = {"crop_scale": 0.5, "seed": 3} | options
+    return TrainingPairs(source, Tokenizer(), TINY, **options)
 
 
-# --------------------------------------------------------------------------------------------------
-# Benchmarks, and your own images
+def lines(row, numbers="0123"):
+    return "".join(row.replace("#", n) + "\n" for n in numbers)
 
 
-@pytest.fixture
-def voc(tmp_path):
-    for folder in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
-        (tmp_path / folder).mkdir(parents=True)
-    (tmp_path / "ImageSets/Segmentation/val.txt").write_text("a\nb\n")
-    Image.new("L", (9, 9)).save(tmp_path / "SegmentationClass/a.png")
-    return tmp_path
+def coco(numbers):
+    images = [{"id": n, "file_name": f"im/{n}.jpg"} for n in numbers]
+    rows = [{"image_id": n, "caption": f"text {n}, more"} for n in "0123"]
+    return json.dumps({"images": images, "annotations": rows})
 
 
-@pytest.mark.parametrize(
-    "lost", ["JPEGImages", "SegmentationClass", "ImageSets/Segmentation/val.txt"]
-)
-def test_a_data_root_without_the_expected_folders(voc, lost):
-    assert len(SegmentationFolder("pascal_voc", voc)) == 2
-    (voc / lost).rename(voc / "elsewhere")
-    with pytest.raises(InputError) as error:
-        SegmentationFolder("pascal_voc", voc)
-    assert_one_line(error, voc / lost, "VOCdevkit/VOC2012")
+def karpathy(folder, name):
+    image = {"filename": name, "split": "train", "sentences": [{"raw": "text #, more"}]} | folder
+    images = lines(json.dumps(image)).splitlines() + [json.dumps(image | {"split": "restval"})]
+    return '{"images": [%s]}' % ",".join(images)
 
 
-def test_names_are_lines(voc):
-    Image.new("L", (9, 9)).save(voc / "SegmentationClass/my cat.png")
-    (voc / "ImageSets/Segmentation/val.txt").write_text("my cat \r\n\nb\n")
-    assert SegmentationFolder("pascal_voc", voc).names == ["my cat", "b"]
-    (voc / "ImageSets/Segmentation/val.txt").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(InputError) as error:
-        SegmentationFolder("pascal_voc", voc)
-    assert_one_line(error, "val.txt")
+GOOD = {
+    "bom.csv": "\ufeff" + lines('im/#.jpg,"text #, more"'),
+    "quoted.csv": '"","image","caption"\n' + lines('"5","im/#.jpg","text #, more"'),
+    "named.tsv": "caption\timage\n" + lines("text #, more\tim/#.jpg"),
+    "pairs.jsonl": lines('{"image": "im/#.jpg", "caption": "text #, more"}\n'),
+    "coco.json": coco("0123"),
+    "karpathy.json": karpathy({"filepath": "im"}, "#.jpg"),
+    "flickr30k.json": karpathy({}, "im/#.jpg"),
+}
+BROKEN_ROWS = {  # beside one that can be used
+    "gone.csv": 'im/0.jpg,"text 0, more"\n' + 12 * "im/gone.jpg,text\n",
+    "short.csv": 'im/0.jpg,"text 0, more"\nim/1.jpg\n',
+    "quote.tsv": '"im/1.jpg\t"text\nim/0.jpg\ttext 0, more\n',
+    "number.jsonl": '{"image": "im/1.jpg", "caption": 5}\n' + GOOD["pairs.jsonl"][:50],
+    "cut.jsonl": '{"image": "im/1.j\n' + GOOD["pairs.jsonl"][:50],
+    "nameless.json": coco("0"),
+}
+UNREADABLE = {
+    "nowhere.csv": None,
+    "empty.csv": "",
+    "broken.json": "{",
+    "columns.csv": "image,number,comment\n" + lines("im/#.jpg,#,text"),
+}
 
 
-def test_own_label_maps(tmp_path):
-    for folder in ("images", "labels"):
-        (tmp_path / folder).mkdir()
-    for name in ("a", "b"):
-        Image.new("RGB", (3, 2)).save(tmp_path / f"images/{name}.jpg")
-    how = tmp_path / "images", tmp_path / "labels", ["cat", "dog"]
-    Image.new("L", (3, 2)).save(tmp_path / "labels/a_L.png")
-    assert_one_line(refused(ImageFolder, *how), tmp_path / "labels/a.png", "does not exist")
-    Image.fromarray(np.array([[0, 1, 11], [255, 7, 1]], np.uint8)).save(tmp_path / "labels/a.png")
-    assert_one_line(refused(ImageFolder(*how).__getitem__, 0), "value 7", "--ignore 7")
-    labelled, other = ImageFolder(*how, ignored=[7, 11])
-    assert labelled.label.tolist() == [[0, 1, 255], [255, 255, 1]] and other.label is None
-    assert ImageFolder(*how, ignored=[0, 7, 11])[0].label[0].tolist() == [255, 1, 255]
+@pytest.mark.parametrize("name", GOOD | BROKEN_ROWS | UNREADABLE)
+def test_lists(tmp_path, capsys, name):
+    content = (GOOD | BROKEN_ROWS | UNREADABLE)[name]
+    for i in range(4):
+        write_image(tmp_path / f"im/{i}.jpg")
+    path = tmp_path / "im" / name
+    if content is not None:
+        path.write_text(content, encoding="utf-8", newline="")
+    if name in UNREADABLE:
+        with refused(name):
+            open_all(path)
+        return
+    usable = "0123" if name in GOOD else "0"
+    source = open_all(f"{path}={tmp_path}")
+    assert [x.name for x in source] == [os.path.join(tmp_path, f"im/{n}.jpg") for n in usable]
+    assert [x.caption for x in source] == [f"text {n}, more" for n in usable]
+    assert sorted(source.datasets[0].captions()) == [x.caption for x in source]
+    broken = {"gone.csv": 12, "nameless.json": 3}.get(name, int(name in BROKEN_ROWS))
+    error = capsys.readouterr().err
+    assert error.count(name) == min(broken, 10) and (f"{broken} rows" in error) == (broken > 0)
+    path.rename(tmp_path / name)
+    assert len(open_all(tmp_path / name)) == len(usable)  # the images are beside it
+
+
+def write_tar(path, first, last, kinds=("jpeg",)):
+    """As img2dataset does."""
+    with tarfile.open(path, "w") as tar:
+        for i in range(first, last):
+            kind = kinds[i % len(kinds)]
+            content = {kind: encoded(i, kind), "json": b"{}", "txt": b"number %d" % i}
+            for end, value in content.items():
+                info = tarfile.TarInfo(f"{i:03}.{end}")
+                info.size = len(value)
+                tar.addfile(info, io.BytesIO(value))
+    return path.read_bytes()
+
+
+def test_shards(tmp_path, monkeypatch):
+    write_tar(tmp_path / "08.tar", 0, 6, ("png", "jpeg", "webp"))
+    write_tar(tmp_path / "09.tar", 6, 8)
+    write_tar(tmp_path / "10.tar", 8, 9)
+    for workers in (2, 0):
+        source = open_all("synthetic", tmp_path / "{08..10}.tar", workers=workers)
+        pairs = [source[24_000 + i] for i in range(len(source) - 24_000)]
+        assert [pair.caption for pair in pairs] == [f"number {i}" for i in range(9)]
+        assert (pairs[3].image == SyntheticScenes(64)[3].image).all()  # PNG is exact
+        monkeypatch.setattr(tarfile, "open", None)  # now there are indices
+    monkeypatch.undo()
+    write_tar(tmp_path / "08.tar", 20, 22)
+    os.utime(tmp_path / "08.tar", (0, 0))  # older than its index
+    assert [x.caption for x in open_all(tmp_path / "08.tar")] == ["number 20", "number 21"]
+
+
+def test_broken_shards_are_named_and_left_out(tmp_path, capsys):
+    whole = write_tar(tmp_path / "good.tar", 0, 3)
+    offset = whole.index(b"002.jpeg")
+    hole = whole[:offset] + b"x" * 512 + whole[offset + 512 :]
+    broken = {"cut": whole[: offset + 600], "short": whole[:offset], "hole": hole, "text": b"text"}
+    for name, content in broken.items():
+        (tmp_path / f"{name}.tar").write_bytes(content)
+    specs = [tmp_path / f"{name}.tar" for name in (*broken, "missing")]
+    assert len(open_all(*specs, tmp_path / "good.tar")) == 3
+    error = capsys.readouterr().err
+    assert "5 rows or shards" in error and all(str(spec) in error for spec in specs)
+
+
+def test_every_epoch_has_every_pair_once_in_another_order():
+    def order(seed=0):
+        pairs = training(range(50), seed=seed)
+        pairs.prepared = range(50)
+        return [pairs[i] for i in range(300)]
+
+    epochs = np.reshape(order(), (6, 50))
+    assert (np.sort(epochs) == np.arange(50)).all() and len({*map(tuple, epochs)}) == 6
+    assert order(seed=1) != order()
+
+
+def test_a_pair_depends_on_its_position_alone(tmp_path):
+    """Not on the pairs before, on the worker, or on how it was started."""
+    write_tar(tmp_path / "a.tar", 0, 4)
+    source = open_all("synthetic", tmp_path / "a.tar")
+    pairs = training(source, nouns=["grass", "number"], templates=["a {}."], mirror=True)
+    keys = [[0, 7], [3, 4], [1, 2]]
+    expected = [data.collate([pairs[i] for i in batch]) for batch in keys[::-1]][::-1]
+    sent = pickle.loads(pickle.dumps(pairs))  # as to a worker on macOS or Windows
+    for dataset, workers in ((pairs, 2), (sent, 0)):
+        how = {"batch_sampler": keys, "collate_fn": data.collate, "num_workers": workers}
+        for batch, other in zip(DataLoader(dataset, **how), expected, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(batch[:3], other[:3])) and batch[3] == []
+    assert (pairs.make(5, 0)[0] != pairs.make(5, 7)[0]).any()  # elsewhere another crop
+    assert training(source, text_length=5)[0][2].shape == (5,)
+
+
+def test_a_broken_pair_is_named_and_replaced_and_no_other_changes(tmp_path):
+    path = tmp_path / "a.tar"
+    whole = write_tar(path, 0, 4)
+    good = training(open_all(path))
+    expected = [good.make(i, i) for i in range(4)]
+    path.write_bytes(whole.replace(encoded(1), bytes(len(encoded(1)))))
+    pairs = training(open_all(path))
+    for i in (0, 2, 3):
+        *pair, errors = pairs.make(i, i)
+        assert all((a == b).all() for a, b in zip(pair, expected[i])) and errors == []
+    for position in range(9):  # one error for each, however many are tried in its place
+        (error,) = pairs.make(1, position)[3]
+        assert "a.tar/001" in error
+    assert data.collate([pairs.make(1, 1), pairs.make(0, 0)])[3] == [error]
+    path.unlink()
+    with refused("100 pairs in a row .*a.tar/001"):
+        pairs.make(1, 1)
+
+
+def test_a_batch_has_no_padding_beyond_its_longest_text():
+    """Not even where the token 0, that of the padding, is a letter of the texts."""
+    texts = [[9, 0, 0, 11, 0, 0], [9, 5, 11, 0, 0, 0]]
+    items = [(np.zeros((8, 8, 3), np.uint8), np.zeros(1), np.array(row), []) for row in texts]
+    assert data.collate(items)[2].tolist() == [row[:4] for row in texts]
+
+
+def choices(caption, *nouns, prompts=0):
+    options = {"nouns": nouns, "templates": ["a {}.", "the {}."], "prompts": prompts}
+    rng = np.random.RandomState(0)
+    return [training([], **options).choose_texts(caption, rng) for _ in range(500)]
+
+
+def test_texts_of_a_caption():
+    """PACL: the caption and, of each noun in it, each template, all equally often."""
+    text = "A polar bear, a snowman, SNOW, snow, two dogs"
+    counts = Counter(x for (x,) in choices(text, "Snow", "polar bear", "bear", "man", "dog"))
+    nouns = ("polar bear", "snow", "dog")
+    assert counts.keys() == {text, *(f"{x} {noun}." for noun in nouns for x in ("a", "the"))}
+    assert min(counts.values()) > 50
+    # GroupViT: the caption, and three nouns, none twice, each in any template.
+    counts = Counter()
+    for first, *prompts in choices(text, "dog", "bear", "snow", "two", prompts=3):
+        assert first == text and len({prompt.split()[1] for prompt in prompts}) == 3
+        counts.update(prompts)
+    assert len(counts) == 8 and min(counts.values()) > 150
+    assert choices("bus", "bus", prompts=3)[0][2:] == ["bus", "bus"]
