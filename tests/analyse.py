@@ -2,7 +2,7 @@
 
 python tests/analyse.py                 oracles: the score if one part of the model were perfect
 python tests/analyse.py --coherence     are patch tokens of one class alike? (PACL, Fig. 3)
-python tests/analyse.py --compare       a table and a figure of the models in runs/
+python tests/analyse.py --compare       a table of the models in runs/
 """
 
 import json
@@ -19,17 +19,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import evaluate
 from clip_loader import open_model
 from data import normalize, progress, resize_bilinear
-from evaluate import Confusion, class_scores, max_over_synonyms, segment
 from model import READOUTS, DenseCLIP, GroupViT, InputError
 
 EXPLANATIONS = {  # in the order in which they are best read
     "mIoU": "mIoU, as of evaluate.py",
     "patches named": "oracle mIoU: each patch has its most frequent class",
     "regions named": "oracle mIoU: each region has its most frequent class",
-    "segments grouped": "oracle mIoU: each ground-truth segment has the class of its mean score",
     "purity": "pixels with the most frequent class of their region",
     "patches": "patches classified correctly",
-    "words": "classes of an image among the five best words of its image feature",
     "regions": "regions per image",
 }
 
@@ -49,17 +46,14 @@ def nearest(values, shape):
     return values[y[:, None], x]
 
 
-@torch.inference_mode()
-def oracles(model, protocol, text, num_classes, results):
+def oracles(results, num_classes, patch_size):
     """results: of each image its label map, uint8 [H, W], and its Segmentation -> EXPLANATIONS."""
-    scale = protocol.logit_scale or model.clip.logit_scale.exp().clamp(max=100)
-    names = "mIoU", "patches named", "regions named", "segments grouped", "patches"
-    counts = {name: Confusion(num_classes) for name in names}
-    found = []  # of each class in an image, whether its word was
+    names = "mIoU", "patches named", "regions named", "patches"
+    counts = {name: evaluate.Confusion(num_classes) for name in names}
     numbers = []  # of regions
     for label, result in results:
         height, width = result.maps.shape[1:]  # as the model saw it
-        y, x = np.mgrid[:height, :width] // model.visual.patch_size
+        y, x = np.mgrid[:height, :width] // patch_size
         patches = nearest(y * width + x, label.shape)
         regions = patches if result.regions is None else nearest(result.regions, label.shape)
         best = majority(patches, label)
@@ -69,29 +63,14 @@ def oracles(model, protocol, text, num_classes, results):
         best[label == 255] = 255
         counts["patches"].add(majority(patches, result.label), best)
         numbers.append(len(np.unique(regions)))
-
-        scores = class_scores(result.maps, scale, protocol)  # [C, h, w]
-        classes = np.unique(label[label != 255])
-        named = label.copy()
-        for c in classes:
-            of_segment = scores[:, torch.tensor(nearest(label == c, (height, width)))]
-            if of_segment.numel():  # it may be smaller than a pixel
-                named[label == c] = of_segment.mean(dim=1).argmax().item()
-        counts["segments grouped"].add(named, label)
-
-        first = len(scores) - len(protocol.classes)  # 1 where background has no word
-        cosines = F.normalize(result.encoding.features.float(), dim=-1) @ text.T  # [windows, Q]
-        cosines = max_over_synonyms(cosines, protocol.classes, dim=1).amax(dim=0)
-        top = first + cosines.argsort(descending=True)[:5].cpu()
-        found += [c in top for c in classes if c >= first]
     summaries = {name: x.summary() for name, x in counts.items()}
     values = {name: summary["mIoU"] for name, summary in summaries.items()}
     values["purity"] = summaries["regions named"]["aAcc"]
     values["patches"] = summaries["patches"]["aAcc"]
-    return values | {"words": float(np.mean(found)), "regions": float(np.mean(numbers))}
+    return values | {"regions": float(np.mean(numbers))}
 
 
-# --------------------------------------------------------------------------------------------------
+# --------------------------------------
 # Semantic coherence: the cosine of two patch tokens as a test for the same class
 
 
@@ -126,7 +105,7 @@ def coherence(model, samples, short_side, patches=40):
     return area / same.sum() / (~same).sum()
 
 
-# --------------------------------------------------------------------------------------------------
+# --------------------------------------
 # The program
 
 NOT_HERE = "images labels_dir words background heat workers".split()
@@ -162,42 +141,33 @@ def samples_of(dataset, limit):
 
 def run_oracles(model, dataset, protocol, text, limit):
     samples = samples_of(dataset, limit)
-    results = ((x.label, segment(model, text, x.image, protocol)) for x in samples)
-    return oracles(model, protocol, text, protocol.has_background + len(dataset.words), results)
+    results = ((x.label, evaluate.segment(model, text, x.image, protocol)) for x in samples)
+    num_classes = protocol.has_background + len(dataset.words)
+    return oracles(results, num_classes, model.visual.patch_size)
 
 
-def compare(args, output):
-    """A table in Markdown and a figure: the models in runs/, CLIPs with each read-out."""
-    shown = "mIoU", "regions named", "purity", "patches"
-    print(f"| | {' | '.join(shown)} |\n|{'---|' * 5}")
-    columns = {}
-    for path in sorted(Path("runs").glob("*/checkpoint.pt")):
-        model, dataset, protocol, text = open_all(args, path)
-        columns["image"], columns["ground truth"], *_ = zip(*(dataset[i] for i in range(4)))
+def compare(args):
+    """A table in Markdown: the models in runs/, a CLIP with each read-out."""
+    paths = sorted(Path("runs").glob("*/checkpoint.pt"))
+    if not paths:
+        raise InputError("runs/: no model to compare; run `python train.py`")
+    print("| | mIoU | oracle classes | purity | patches correct |\n|---|---|---|---|---|")
+    for path in paths:
+        model, *others = open_all(args, path)
         for readout in READOUTS[:-1] if isinstance(model, DenseCLIP) else [""]:  # without a DINO
             model.readout = readout
+            values = run_oracles(model, *others, args.limit)
+            shown = [values[name] for name in ("mIoU", "regions named", "purity", "patches")]
             name = f"{path.parent.name} {readout}".strip()
-            values = run_oracles(model, dataset, protocol, text, args.limit)
-            print(f"| {name} | {' | '.join(f'{100 * values[x]:.1f} %' for x in shown)} |")
-            results = (segment(model, text, image, protocol) for image in columns["image"])
-            columns[name] = [result.label for result in results]
-    if not columns:
-        raise InputError("runs/: no model to compare; run `python train.py`")
-    words = ["background"] * protocol.has_background + dataset.words
-    colors = evaluate.palette(words)
-    rows = [zip(columns, row) for row in zip(*columns.values())]
-    tiles = [(name, x if x.ndim == 3 else colors[x]) for row in rows for name, x in row]
-    sheet = evaluate.contact_sheet(tiles, len(columns), [*zip(colors, words)])
-    sheet.save(output / "compare.png")
+            print(f"| {name} | {' | '.join(f'{100 * value:.1f} %' for value in shown)} |")
 
 
 def main(argv=None):
     args = parse_args(argv)
-    output = Path(args.output or "runs/analysis")
-    output.mkdir(parents=True, exist_ok=True)
     if args.compare:
-        return compare(args, output)
-    model, dataset, protocol, text = open_all(args, args.checkpoint or evaluate.DEFAULT_CHECKPOINT)
+        return compare(args)
+    checkpoint = args.checkpoint or evaluate.DEFAULT_CHECKPOINT
+    model, dataset, protocol, text = open_all(args, checkpoint)
     if args.coherence:
         area = coherence(model, samples_of(dataset, args.limit), protocol.short_side)
         return print(f"area under the ROC curve: {area:.4f}")
@@ -205,6 +175,8 @@ def main(argv=None):
     for name, what in EXPLANATIONS.items():
         number = f"{values[name]:6.1f}  " if name == "regions" else f"{100 * values[name]:6.1f} %"
         print(f"{number}  {what}")
+    output = Path(args.output or "runs/analysis")
+    output.mkdir(parents=True, exist_ok=True)
     (output / "analysis.json").write_text(json.dumps(values, indent=1) + "\n")
 
 

@@ -129,12 +129,19 @@ LAYOUTS = {  # image and label map; the list of names; {value in the label map: 
         {0: 255, 1: 0, 150: 149}),
     "cityscapes": ("leftImg8bit/val/y/x_leftImg8bit.png", "gtFine/val/y/x_gtFine_labelIds.png",
         None, {0: 255, 7: 0, 8: 1, 13: 4, 28: 15, 30: 255, 33: 18}),
+    "coco_object converted": (COCO[0], "annotations/val2017/x_instanceTrainIds.png", None,
+        {0: 0, 80: 80, 255: 255}),
+    "coco_stuff converted": (COCO[0], "annotations/val2017/x_labelTrainIds.png", None,
+        {0: 0, 170: 170, 255: 255}),
+    "cityscapes converted": ("leftImg8bit/val/y/x_leftImg8bit.png",
+        "gtFine/val/y/x_gtFine_labelTrainIds.png", None, {0: 0, 18: 18, 255: 255}),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_benchmarks(tmp_path, name):
     image, label, split, classes = LAYOUTS[name]
+    name = name.split()[0]
     with refused("val"):
         data.open_benchmark(name, tmp_path)
     if split:

@@ -39,7 +39,6 @@ def test_tokens_are_openais(vocabulary):
 def test_a_learned_vocabulary_in_a_checkpoint(tiny, tmp_path):
     tokenizer = Tokenizer.learn(["a red ball", "a red red star", "one ball"], num_merges=100)
     assert [len(tokenizer.encode(word)) for word in ("red", "ball", "star", "a")] == [1, 1, 1, 1]
-    assert tokenizer.encode("Red  BALL") == tokenizer.encode("red ball")
     assert len(tokenizer.encode("xyz")) == 3  # never seen: its bytes
     assert Tokenizer(["a b</w>", "c a"]).encode("cab") == [66, 512]  # c, ab</w>
     path = tmp_path / "checkpoint.pt"
@@ -51,25 +50,19 @@ def test_a_learned_vocabulary_in_a_checkpoint(tiny, tmp_path):
 
 def test_texts_begin_with_start_and_end_with_end():
     tokenizer = Tokenizer()
-    ids = tokenizer(["ab", "", "a longer text than fits"], context_length=6)
-    assert ids[0].tolist() == [tokenizer.start, *tokenizer.encode("ab"), tokenizer.end, 0, 0]
-    assert ids[1].tolist() == [tokenizer.start, tokenizer.end, 0, 0, 0, 0]
-    assert ids[2, -1] == tokenizer.end
+    short, long = tokenizer(["ab", "a longer text than fits"], context_length=6).tolist()
+    assert short == [tokenizer.start, *tokenizer.encode("ab"), tokenizer.end, 0, 0]
+    assert long[-1] == tokenizer.end
 
 
-@pytest.mark.parametrize("content", [b"no gzip", gzip.compress(bytes(range(256)))[:-9]])
-def test_a_file_that_is_no_vocabulary(content, tmp_path):
+def test_a_file_that_is_no_vocabulary(tmp_path):
     path = tmp_path / "vocabulary.gz"
-    path.write_bytes(content)
+    path.write_bytes(gzip.compress(bytes(range(256)))[:-9])
     assert_refused(None, path, "vocabulary", load=load_tokenizer, vocabulary=path)
 
 
 SIZES = {"input_resolution": 32, "context_length": 12, "vocab_size": 600}
 SIZES = {name: torch.tensor(size) for name, size in SIZES.items()}  # in OpenAI's archives
-
-
-def openai_state(clip):
-    return clip.state_dict() | SIZES
 
 
 def save_archive(clip, path):
@@ -81,7 +74,7 @@ def save_archive(clip, path):
 
 
 DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-DTYPES |= {torch.int64: "I64", torch.int32: "I32", torch.bool: "BOOL"}
+DTYPES |= {torch.int32: "I32", torch.bool: "BOOL"}
 
 
 def save_safetensors(state, path):
@@ -134,19 +127,17 @@ def transformers_state(clip):
     return state
 
 
-def training_state(clip, prefix):
-    return {"epoch": 3, "state_dict": {prefix + name: x for name, x in clip.state_dict().items()}}
+def save_training(clip, path):
+    state = {"module._orig_mod." + name: x for name, x in clip.state_dict().items()}
+    torch.save({"epoch": 3, "state_dict": state}, path)
 
 
 MASK = {"attn_mask": torch.ones(3, 3, dtype=torch.bool)}
 FORMATS = {
     "OpenAI's archive": save_archive,
-    "open_clip": lambda clip, path: save_safetensors(MASK | clip.state_dict(), path),
-    "float16": lambda clip, path: save_safetensors(clip.half().state_dict(), path),
-    "bfloat16": lambda clip, path: save_safetensors(clip.bfloat16().state_dict(), path),
-    "open_clip's training": lambda clip, path: torch.save(training_state(clip, "module."), path),
-    "compiled": lambda clip, path: torch.save(training_state(clip, "model._orig_mod."), path),
-    "transformers": lambda clip, path: save_safetensors(transformers_state(clip), path),
+    "open_clip": lambda clip, path: save_safetensors(MASK | clip.half().state_dict(), path),
+    "open_clip's training": save_training,
+    "transformers": lambda clip, path: save_safetensors(transformers_state(clip.bfloat16()), path),
     "an old file": lambda clip, path: save_old(transformers_state(clip), path),
     "ours": lambda clip, path: save_checkpoint(path, DenseCLIP(clip), step=3),
 }
@@ -180,12 +171,11 @@ def test_our_checkpoint_is_itself_again(kind, tiny, tiny_clip, tmp_path):
 
 
 def test_the_authors_segclip_with_and_without_decoder(tmp_path):
-    weights, recipe = rebuild_weights("authors_segclip_mini.json")
+    weights, _ = rebuild_weights("authors_segclip_mini.json")
     weights["vis_mae_decoder.decoder_pos_embed"] = torch.zeros(1, 17, 64)  # fixed
     path = tmp_path / "segclip.bin"
     torch.save(weights, path)
     model = load_model(path)
-    assert recipe["config"].items() <= dataclasses.asdict(model.config).items()
     torch.save({name: x for name, x in weights.items() if not name.startswith("vis_mae")}, path)
     assert_same(load_model(path).group, model.group)
 
@@ -197,7 +187,6 @@ def test_dino_alone_as_a_teacher_and_in_a_pacl(tiny_clip, dino_state, tmp_path):
     teacher = {f"module.backbone.{name}": x for name, x in dino_state.items()}
     torch.save({"teacher": teacher | {"head.mlp.0.weight": torch.zeros(1)}, "epoch": 3}, path)
     assert_same(load_dino(path), dino)
-    assert_refused(path, path, "a DINO, where a CLIP")
     save_checkpoint(path, PACL(tiny_clip, dino))
     assert_same(load_model(path).dino, dino)
 
@@ -209,7 +198,7 @@ def test_the_activation_that_no_file_tells(tiny_clip, tmp_path, capsys):
     note = capsys.readouterr().err
     assert str(path) in note and "--activation gelu" in note and note.count("\n") == 1
     assert load_model(path, activation="gelu").config.activation == "gelu"
-    torch.save(openai_state(tiny_clip), path)
+    torch.save(tiny_clip.state_dict() | SIZES, path)
     load_model(path)
     assert capsys.readouterr().err == ""
 
@@ -229,12 +218,10 @@ def test_download_by_name(tiny_clip, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", (tmp_path / "mirror").as_uri() + "/")
     source.write_bytes(content[:-1])
     assert_refused(name, cached, source.as_uri(), sha256, "by hand", "HF_ENDPOINT")
-    for damaged in (b"", content[1:]):
-        cached.write_bytes(damaged)
-        source.write_bytes(content)
-        assert_same(load_model(name).clip, tiny_clip)
-        source.unlink()
-        assert clip_loader.fetch(name).read_bytes() == content
+    source.write_bytes(content)
+    assert_same(load_model(name).clip, tiny_clip)
+    source.unlink()
+    assert clip_loader.fetch(name).read_bytes() == content
 
 
 class Runs:
@@ -254,14 +241,12 @@ def save_torchscript(content, path):
 
 
 CONTAINERS = {
-    "pickle": lambda content, path: path.write_bytes(pickle.dumps(content)),
     "zip": torch.save,
     "old": save_old,
     "TorchScript": save_torchscript,
 }
 
 
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("container", CONTAINERS)
 def test_nothing_in_a_file_is_executed(container, tmp_path):
     path, victim = tmp_path / "evil.pt", tmp_path / "victim"
@@ -270,28 +255,26 @@ def test_nothing_in_a_file_is_executed(container, tmp_path):
     assert not victim.exists()
 
 
-@pytest.mark.parametrize("share", [0, 0.005, 0.5])
+@pytest.mark.parametrize("share", [0, 0.5])
 @pytest.mark.parametrize("save", [torch.save, save_old, save_safetensors])
 def test_truncated_files(save, share, tiny_clip, tmp_path):
     path = tmp_path / "file.pt"
-    save(openai_state(tiny_clip), path)
+    save(tiny_clip.state_dict(), path)
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
     assert_refused(path, path, "no weights")
 
 
 def test_no_file(tmp_path):
-    for path in (tmp_path / "segclip.bin", tmp_path):
-        assert_refused(path, path, "no such file", "ViT-B/16", "docs/")
+    path = tmp_path / "segclip.bin"
+    assert_refused(path, path, "no such file", "ViT-B/16", "docs/")
 
 
 CONV = "visual.conv1.weight"
 STATES = {  # a word of the message: the content of a file
-    "no weights": lambda state: [1, 2],
     "known model": lambda state: {"fc.weight": torch.zeros(1)},
     "a CLIP": lambda state: {CONV: torch.zeros(32, 3, 3, 3)},  # a ResNet
     "width 1280": lambda state: state | {CONV: torch.zeros(1280, 3, 8, 8)},  # ViT-H
     "ln_final.bias": lambda state: {x: state[x] for x in state if x != "ln_final.bias"},
-    '"stranger"': lambda state: state | {"stranger": torch.zeros(1)},
     "finite": lambda state: state | {"visual.proj": torch.full((64, 16), torch.nan)},
     "version": lambda state: {"model": state, "config": {"key_gain": 1}},
 }
@@ -300,7 +283,7 @@ STATES = {  # a word of the message: the content of a file
 @pytest.mark.parametrize("word", STATES)
 def test_other_weights(word, tiny_clip, tmp_path):
     path = tmp_path / "file.pt"
-    torch.save(STATES[word](openai_state(tiny_clip)), path)
+    torch.save(STATES[word](tiny_clip.state_dict()), path)
     assert_refused(path, path, word)
 
 
