@@ -58,49 +58,38 @@ ROWS = {  # name: (what, flags of train.py or None, those of analyse.py, the pap
     "groupvit-2": ("two stages", "--method groupvit --stages 2", "", "19.7"),
 }
 # fmt: on
-COLUMNS = {  # of analysis.json: heading
-    "mIoU": "mIoU",
-    "regions named": "oracle classes",
-    "purity": "purity",
-    "segments grouped": "oracle grouping",
-    "patches": "patches correct",
-}
+COLUMNS = "mIoU", "regions named", "purity", "patches"  # of analysis.json
 
 
-def run(job):
-    """Train and score one row with one seed, unless that was done -> what to say of it."""
-    name, seed, steps, limit, output = job
+def run(name, seed, steps, output):
+    """Train and score one row with one seed, unless that was done."""
     folder = output / name / str(seed)
     _, training, scoring, _ = ROWS[name]
-    model = ["--checkpoint", folder / "checkpoint.pt"]
-    todo = [["tests/analyse.py", *model, *scoring.split(), "--limit", limit]]
+    todo = [["tests/analyse.py", "--checkpoint", folder / "checkpoint.pt", *scoring.split()]]
     if training is not None:
         how = ["--steps", steps, "--seed", seed, "--workers", 0, "--resume"]
         todo.insert(0, ["train.py", *training.split(), *how])
     if not (folder / "analysis.json").exists():
         folder.mkdir(parents=True, exist_ok=True)
         clip = output / "clip" / str(seed) / "checkpoint.pt"
-        one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
         with open(folder / "output.txt", "w") as log:
             for program, *flags in todo:
                 flags = [str(flag).replace("{clip}", str(clip)) for flag in flags]
                 command = [sys.executable, ROOT / program, *flags, "--output", folder]
-                if subprocess.run(command, stdout=log, stderr=log, env=one_thread).returncode:
+                if subprocess.run(command, stdout=log, stderr=log, env=environment).returncode:
                     raise InputError(f"{program} failed; see {log.name}")
-    return f"{folder}: {100 * read(folder)['mIoU']:.2f} %"
-
-
-def read(folder):
-    return json.loads((folder / "analysis.json").read_text())
+    print(folder, "is done", file=sys.stderr)
 
 
 def table(output, rows, seeds):
     """Markdown: of each row the means over the seeds, and the standard deviation of the mIoU."""
-    print(f"| | `--rows` | {' | '.join(COLUMNS.values())} | published, VOC |")
-    print(f"|---|---|{'---|' * len(COLUMNS)}---|")
+    print("| | `--rows` | mIoU | oracle classes | purity | patches correct | published, VOC |")
+    print("|---|---|---|---|---|---|---|")
     for name in rows:
         what, _, _, published = ROWS[name]
-        results = [read(output / name / str(seed)) for seed in seeds]
+        files = [output / name / str(seed) / "analysis.json" for seed in seeds]
+        results = [json.loads(file.read_text()) for file in files]
         cells = []
         for column in COLUMNS:
             values = [100 * result[column] for result in results]
@@ -116,7 +105,6 @@ def parse_args(argv=None):
     add("--rows", nargs="+", choices=ROWS, default=[*ROWS], metavar="ROW", help=", ".join(ROWS))
     add("--steps", type=int, default=300, help="of each run [%(default)s]")
     add("--seeds", type=int, default=3, help="how many [%(default)s]")
-    add("--limit", type=int, default=500, help="images scored [%(default)s]")
     add("--jobs", type=int, default=os.cpu_count(), help="at the same time [%(default)s]")
     add("--output", type=Path, default=Path("runs/ablation"), help="folder [%(default)s]")
     return parser.parse_args(argv)
@@ -126,12 +114,10 @@ def main(argv=None):
     args = parse_args(argv)
     seeds = range(args.seeds)
     output = args.output / str(args.steps)
-    needed = {"clip"} if any("{clip}" in str(ROWS[name]) for name in args.rows) else set()
+    needed = ["clip"] * any("{clip}" in str(ROWS[name]) for name in args.rows)
     with ThreadPool(args.jobs) as pool:
-        for names in needed, [name for name in args.rows if name not in needed]:
-            jobs = itertools.product(names, seeds, [args.steps], [args.limit], [output])
-            for line in pool.imap_unordered(run, jobs):
-                print(line, file=sys.stderr, flush=True)
+        for names in needed, args.rows:
+            pool.starmap(run, itertools.product(names, seeds, [args.steps], [output]), chunksize=1)
     table(output, args.rows, seeds)
 
 

@@ -8,11 +8,10 @@ python tests/benchmark.py pacl          PACL's loss, against a pooled vector for
 Weights are random. --smoke runs the same code on tiny sizes, to see that it runs.
 """
 
-import statistics
 import sys
-import tempfile
 import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -23,14 +22,13 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import data
-import model as model_py
 import train
 from clip_loader import Tokenizer
 from evaluate import Parser, choose_protocol, run_program, segment, start_processes
 from losses import pacl_loss, symmetric_cross_entropy, total_loss
 from model import Config, ImageEncoding, SegCLIP
 
-GOLDEN = Path(__file__).resolve().parent / "golden"
+GOLDEN = Path(__file__).parent / "golden"
 SIZES = {name: value for name, value in train.SMALL.items() if name in train.SIZES}
 SMALL = Config(**SIZES, vocab_size=600)
 
@@ -38,31 +36,32 @@ SMALL = Config(**SIZES, vocab_size=600)
 def compare(ways, args, unit, count=1):
     """Calls the ways {name: function} in turns, and prints medians and ratios to the first way.
 
-    count: of the units that a call takes.
+    count: of the units that a call takes. The first way should need the most memory: it is called
+    last, since the peak of a process never falls.
     """
     times = {name: [] for name in ways}
     memory = {}
-    for turn in range(2 if args.smoke else 6):
-        for name, function in ways.items():
+    before = peak_memory(args.device)
+    for _ in range(2 if args.smoke else 6):
+        for name in reversed(ways):
             if args.device == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-            before = peak_memory(args.device)
+                before = peak_memory("cuda")
             start = time.perf_counter()
-            function()
-            memory[name] = peak_memory(args.device) - before
-            if turn:  # the first warms up
-                times[name].append((time.perf_counter() - start) / count)
-    first = statistics.median(next(iter(times.values())))
-    for name in ways:
-        seconds = statistics.median(times[name])
-        gib = f"  {memory[name]:.1f} GiB more" if args.device == "cuda" else ""
-        print(f"{name:32} {seconds:.4f} s per {unit}  {first / seconds:.2f} times{gib}")
+            ways[name]()
+            peak = peak_memory(args.device)
+            times[name].append((time.perf_counter() - start) / count)
+            memory.setdefault(name, peak - before)
+    seconds = {name: np.median(times[name][1:]) for name in ways}  # the first call warms up
+    for name, value in seconds.items():
+        ratio = seconds[next(iter(ways))] / value
+        print(f"{name:30} {value:.4f} s per {unit}  {ratio:.2f} times  {memory[name]:.2f} GiB more")
     if args.device == "cpu":
-        print(f"{torch.get_num_threads()} threads, {peak_memory('cpu'):.1f} GiB at most")
+        print(f"{torch.get_num_threads()} threads; memory includes what the ways below have kept")
 
 
 def peak_memory(device):
-    """In GiB; waits for a GPU. On a CPU it is that of the process until now."""
+    """In GiB, of a GPU or of this process."""
     if device == "cuda":
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() / 2**30
@@ -71,25 +70,22 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
 
 
-# --------------------------------------
-# train
-
-
 class AuthorsAttention(nn.MultiheadAttention):
     """torch's attention with tokens first, as OpenAI and the authors call it."""
 
     def forward(self, query, memory, causal=False):
-        mask = nn.Transformer.generate_square_subsequent_mask(query.shape[1]) if causal else None
+        N = query.shape[1]
+        mask = query.new_full((N, N), -torch.inf).triu(1) if causal else None
         query = query.transpose(0, 1)  # [B, N, D] -> [N, B, D]
         memory = memory.transpose(0, 1)
         x, _ = super().forward(query, memory, memory, need_weights=False, attn_mask=mask)
         return x.transpose(0, 1)
 
 
-def take_steps(model, batch, precision, **how):
-    """-> a function that takes a step of train.py's loop, with all losses. how: of AdamW."""
+def take_steps(model, batch, precision):
+    """-> a function that takes a step of train.py's loop, with all losses."""
     groups = train.parameter_groups(model.train(), 4e-3, 4e-6, 0.05)
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-6, **how)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-6, fused=True)
     image, text, superpatch, noise = batch
 
     def step():
@@ -109,26 +105,20 @@ def take_steps(model, batch, precision, **how):
 
 def benchmark_train(args):
     config = SMALL if args.smoke else Config()
-    B = args.batch_size
+    B = 2 if args.smoke else args.batch_size
     N = (config.image_size // config.patch_size) ** 2
     image = 255 * torch.rand(B, 3, config.image_size, config.image_size, device=args.device)
     text = torch.ones(B, min(32, config.context_length), device=args.device).long()
     superpatch = torch.arange(N, device=args.device).expand(B, N) // 8
     noise = SegCLIP(config).draw_noise(B, N, torch.Generator(args.device))
     batch = image, text, superpatch, noise
-    ours = model_py.Attention
-    model_py.Attention = AuthorsAttention
-    theirs = SegCLIP(config).to(args.device)
-    model_py.Attention = ours
-    ways = {"as the authors, fp32": take_steps(theirs, batch, "fp32", foreach=False)}
+    with mock.patch("model.Attention", AuthorsAttention):
+        theirs = SegCLIP(config).to(args.device)
+    ways = {"as the authors, fp32": take_steps(theirs, batch, "fp32")}
     for precision in "fp32", "bf16":
         model = SegCLIP(config).to(args.device)
-        ways[f"train.py, {precision}"] = take_steps(model, batch, precision, fused=True)
+        ways[f"train.py, {precision}"] = take_steps(model, batch, precision)
     compare(ways, args, "step")
-
-
-# --------------------------------------
-# evaluate
 
 
 class AuthorsArrangement(SegCLIP):
@@ -154,25 +144,17 @@ def benchmark_evaluate(args):
 
     ways = {"as the authors": lambda: label_all(theirs), "evaluate.py": lambda: label_all(ours)}
     compare(ways, args, "image", len(images))
-    equal = [(a == b).mean() for a, b in zip(label_all(theirs), label_all(ours))]
-    print(f"equal pixels: {100 * np.mean(equal):.4f} %")
-
-
-# --------------------------------------
-# loader
+    pairs = zip(label_all(theirs), label_all(ours))
+    print(f"equal pixels: {100 * np.mean([(a == b).mean() for a, b in pairs]):.4f} %")
 
 
 def benchmark_loader(args):
     torch.set_num_threads(1)
-    count = 2 if args.smoke else 200
-    photographs = sorted(GOLDEN.rglob("*.jpg"))
-    photographs = [photographs[i % len(photographs)] for i in range(count)]
-    caption = "two people with an umbrella walk their dog along a wet street"
+    photographs = sorted(GOLDEN.rglob("*.jpg"))[: 2 if args.smoke else None]
+    count = len(photographs)
+    caption = "two people walk their dog along a wet street"
     tokenizer = Tokenizer.learn([caption], 100)
-    with tempfile.TemporaryDirectory() as folder:
-        rows = Path(folder, "pairs.tsv")
-        rows.write_text("".join(f"{path}\t{caption}\n" for path in photographs))
-        (source,) = data.open_pairs([str(rows)], 224, seed=0)
+    source = data.Pairs("", data.pack((str(path), caption) for path in photographs), 224)
 
     def prepare(has_superpixels):
         how = {"crop_scale": 0.5, "text_length": 32, "has_superpixels": has_superpixels}
@@ -185,10 +167,6 @@ def benchmark_loader(args):
         "pairs with superpixels": lambda: prepare(True),
     }
     compare(ways, args, "pair", count)
-
-
-# --------------------------------------
-# pacl
 
 
 def naive_pacl_loss(patches, text, logit_scale, patch_scale):
@@ -210,13 +188,7 @@ def benchmark_pacl(args):
         "a pooled vector for each pair": lambda: naive_pacl_loss(*inputs).backward(),
         "pacl_loss": lambda: pacl_loss(*inputs).backward(),
     }
-    before = peak_memory(args.device)
-    if args.device == "cpu":  # of a GPU, compare() tells it
-        for name in reversed(ways):  # the one that needs less first, as the peak never falls
-            ways[name]()
-            print(f"{name:32} {peak_memory(args.device) - before:.2f} GiB more")
     compare(ways, args, "step")
-    print(f"losses {naive_pacl_loss(*inputs):.6f}, {pacl_loss(*inputs):.6f}")
 
 
 def parse_args(argv=None):
@@ -232,8 +204,6 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     start_processes(args.device)  # one line if there is no such device
-    if args.smoke:
-        args.batch_size = 2
     globals()[f"benchmark_{args.what}"](args)
 
 

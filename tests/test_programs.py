@@ -3,7 +3,6 @@
 import dataclasses
 import importlib
 import json
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,36 +17,25 @@ import photographs
 import train
 from clip_loader import Tokenizer, save_checkpoint
 from data import Sample, SyntheticScenes, open_folder, open_pairs
-from evaluate import Protocol, Segmentation, run_program
-from model import CLIP, PACL, DenseCLIP, GroupViT, ImageEncoding, SegCLIP
+from evaluate import Segmentation
+from model import CLIP, PACL, DenseCLIP, GroupViT, SegCLIP
 
 
 def test_oracles_by_hand():
     """4 x 4 pixels, patches of 2; the left half is class 0 and the right half class 1."""
     label = np.array([[0, 0, 1, 1]] * 4, np.uint8)
     regions = np.array([[0, 0, 0, 1]] * 4)
-    scores = torch.zeros(7, 4, 4)
-    scores[0, :, :2] = 1
-    scores[2, :, 2:] = 1  # the right half is class 2, but for one pixel
-    scores[1, 0, 2] = 2
     result = np.array([[0, 0, 1, 1], [0, 0, 1, 1], [0, 0, 0, 0], [0, 0, 0, 1]], np.uint8)
-    features = torch.tensor([[3.0, 0, 5, 4, 2, 1, 0]])  # the word of class 1 is not among the five
-    encoding = ImageEncoding(features, None)
-    model = SimpleNamespace(visual=SimpleNamespace(patch_size=2))
-    protocol = Protocol("segclip", [[word] for word in "abcdefg"], logit_scale=1.0)
-    results = [(label, Segmentation(result, regions, scores, encoding))]
-    found = analyse.oracles(model, protocol, torch.eye(7), 7, results)
+    results = [(label, Segmentation(result, regions, torch.zeros(2, 4, 4), None))]
     expected = {
         "mIoU": (8 / 11 + 5 / 8) / 2,
         "patches named": 1,
         "regions named": (8 / 12 + 4 / 8) / 2,
-        "segments grouped": (1 + 0 + 0) / 3,
         "purity": 12 / 16,
         "patches": 3 / 4,
-        "words": 1 / 2,
         "regions": 2,
     }
-    assert found == pytest.approx(expected)
+    assert analyse.oracles(results, 2, 2) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("b, area", [([0.0, 1], 1), ([1.0, 0], 0.5)])
@@ -89,9 +77,8 @@ def test_ablations(tmp_path, monkeypatch, capsys):
         ablate.main(["--seeds", "2", "--output", str(tmp_path)])
     trained = sum(row[1] is not None for row in ablate.ROWS.values())
     assert len(ran) == 2 * (trained + len(ablate.ROWS))
-    assert (
-        "| `maskclip` | 55.0 ± 7.1 | 55.0 | 55.0 | 55.0 | 55.0 | 43.4 |" in capsys.readouterr().out
-    )
+    row = "| `maskclip` | 55.0 ± 7.1 | 55.0 | 55.0 | 55.0 | 43.4 |"
+    assert row in capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")
@@ -112,10 +99,10 @@ COMMANDS = {  # what of their output says that they came to the end
     "analyse --limit 5": "regions per image",
     "analyse --limit 5 --coherence": "area under the ROC curve",
     "analyse --limit 5 --compare": "small-segclip",
-    "benchmark train --smoke": "pairs/s",
+    "benchmark train --smoke": "train.py, bf16",
     "benchmark evaluate --smoke": "equal pixels: 100.0000 %",
-    "benchmark loader --smoke": "pairs of a tar, with superpixels",
-    "benchmark pacl --smoke": "losses",
+    "benchmark loader --smoke": "pairs with superpixels",
+    "benchmark pacl --smoke": "pacl_loss",
 }
 
 
@@ -135,12 +122,3 @@ def test_photographs_are_read(tmp_path):
     assert len(pairs) == 10 and pairs[9].caption == SyntheticScenes(120)[9].caption
     (sample,) = open_folder(tmp_path / "val", tmp_path / "labels", SyntheticScenes.words)
     assert sample.label.shape == sample.image.shape[:2]
-
-
-@pytest.mark.parametrize("program", ["ablate", "analyse", "benchmark", "photographs"])
-def test_a_wrong_flag_is_one_line(program, monkeypatch):
-    monkeypatch.setattr(sys, "argv", [f"{program}.py", "--toaster"])
-    with pytest.raises(SystemExit) as ended:
-        run_program(importlib.import_module(program).main)
-    assert "--toaster" in ended.value.code or "required" in ended.value.code
-    assert "\n" not in ended.value.code
