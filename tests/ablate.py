@@ -62,7 +62,7 @@ COLUMNS = "mIoU", "regions named", "purity", "patches"  # of analysis.json
 
 
 def run(name, seed, steps, output):
-    """Train and score one row with one seed, unless that was done."""
+    """Train and score a row with a seed, unless that was done."""
     folder = output / name / str(seed)
     _, training, scoring, _ = ROWS[name]
     todo = [["tests/analyse.py", "--checkpoint", folder / "checkpoint.pt", *scoring.split()]]
@@ -90,12 +90,10 @@ def table(output, rows, seeds):
         what, _, _, published = ROWS[name]
         files = [output / name / str(seed) / "analysis.json" for seed in seeds]
         results = [json.loads(file.read_text()) for file in files]
-        cells = []
-        for column in COLUMNS:
-            values = [100 * result[column] for result in results]
-            cells.append(f"{statistics.mean(values):.1f}")
-            if column == "mIoU" and len(values) > 1:
-                cells[-1] += f" ± {statistics.stdev(values):.1f}"
+        values = [[100 * result[column] for result in results] for column in COLUMNS]
+        cells = [f"{statistics.mean(x):.1f}" for x in values]
+        if len(seeds) > 1:
+            cells[0] += f" ± {statistics.stdev(values[0]):.1f}"
         print(f"| {what} | `{name}` | {' | '.join(cells)} | {published} |")
 
 
@@ -105,7 +103,7 @@ def parse_args(argv=None):
     add("--rows", nargs="+", choices=ROWS, default=[*ROWS], metavar="ROW", help=", ".join(ROWS))
     add("--steps", type=int, default=300, help="of each run [%(default)s]")
     add("--seeds", type=int, default=3, help="how many [%(default)s]")
-    add("--jobs", type=int, default=os.cpu_count(), help="at the same time [%(default)s]")
+    add("--jobs", type=int, default=os.cpu_count(), help="at once [%(default)s]")
     add("--output", type=Path, default=Path("runs/ablation"), help="folder [%(default)s]")
     return parser.parse_args(argv)
 

@@ -196,8 +196,8 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("what", choices=["train", "evaluate", "loader", "pacl"])
     add("--smoke", action="store_true", help="tiny sizes, one round")
-    add("--device", choices=["cpu", "cuda"], default="cpu", help="not of loader [%(default)s]")
-    add("--batch-size", type=int, default=8, help="of train; on a GPU try 256 [%(default)s]")
+    add("--device", choices=["cpu", "cuda"], default="cpu")
+    add("--batch-size", type=int, default=8, help="of train; 256 on a GPU [%(default)s]")
     return parser.parse_args(argv)
 
 

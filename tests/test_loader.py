@@ -22,7 +22,6 @@ def assert_same(a, b):
 
 
 def assert_refused(source, *parts, load=load_model, **options):
-    """In one line, with these parts."""
     with pytest.raises(InputError) as error:
         load(source, **options)
     assert_one_line(error, *parts)
