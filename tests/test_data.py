@@ -67,16 +67,6 @@ def test_crops_keep_image_and_superpixels_aligned(monkeypatch, shape, reduction)
     assert shape == (1, 1) or 10 < sum(crop[0, 0, 0] > crop[0, -1, 0] for crop, _ in crops) < 30
 
 
-def test_sizes_of_crops():
-    shares = []
-    for seed in range(50):
-        rng = np.random.RandomState(seed)
-        places = np.arange(99 * 99).reshape(99, 99)
-        _, crop = data.random_resized_crop(np.zeros((99, 99, 3), np.uint8), places, 50, rng, 0.5)
-        shares.append((np.ptp(crop // 99) + 2) * (np.ptp(crop % 99) + 2) / 99**2)
-    assert 0.45 < min(shares) < 0.6 and max(shares) > 0.9
-
-
 def test_images_of_every_mode_look_as_in_a_viewer(tmp_path):
     rgb = np.array([[[255, 0, 0], [0, 255, 0]], [[0, 0, 255], [128, 128, 128]]], np.uint8)
     gray = np.array([[0, 100], [200, 255]])
@@ -99,6 +89,7 @@ def test_images_of_every_mode_look_as_in_a_viewer(tmp_path):
     exif[0x0112] = 6  # to the right
     turned = shown(Image.fromarray(corner), "a.jpg", exif=exif)
     assert (turned == np.rot90(corner, -1)[..., None]).all()
+    assert data.read_image(tmp_path / "a.jpg", 10).shape == (32, 16, 3)  # decoded at half its size
 
 
 def test_broken_images(tmp_path):
@@ -313,7 +304,7 @@ def test_every_epoch_has_every_pair_once_in_another_order():
 def test_a_pair_depends_on_its_position_alone(tmp_path):
     """Not on the pairs before, on the worker, or on how it was started."""
     write_tar(tmp_path / "a.tar", 0, 4)
-    source = open_all("synthetic", tmp_path / "a.tar")
+    source = open_all(tmp_path / "a.tar")
     pairs = training(source, nouns=["grass", "number"], templates=["a {}."], mirror=True)
     keys = [[0, 7], [3, 4], [1, 2]]
     expected = [data.collate([pairs[i] for i in batch]) for batch in keys[::-1]][::-1]
@@ -322,7 +313,7 @@ def test_a_pair_depends_on_its_position_alone(tmp_path):
         how = {"batch_sampler": keys, "collate_fn": data.collate, "num_workers": workers}
         for batch, other in zip(DataLoader(dataset, **how), expected, strict=True):
             assert all(torch.equal(a, b) for a, b in zip(batch[:3], other[:3])) and batch[3] == []
-    assert (pairs.make(5, 0)[0] != pairs.make(5, 7)[0]).any()  # elsewhere another crop
+    assert (pairs.make(3, 0)[0] != pairs.make(3, 7)[0]).any()  # elsewhere another crop
     assert training(source, text_length=5)[0][2].shape == (5,)
 
 
@@ -336,6 +327,7 @@ def test_a_broken_pair_is_named_and_replaced_and_no_other_changes(tmp_path):
     for i in (0, 2, 3):
         *pair, errors = pairs.make(i, i)
         assert all((a == b).all() for a, b in zip(pair, expected[i])) and errors == []
+    assert len({pairs.make(1, position)[2].tobytes() for position in range(9)}) > 1
     for position in range(9):  # one error for each, however many are tried in its place
         (error,) = pairs.make(1, position)[3]
         assert "a.tar/001" in error
@@ -361,7 +353,7 @@ def choices(caption, *nouns, prompts=0):
 def test_texts_of_a_caption():
     """PACL: the caption and, of each noun in it, each template, all equally often."""
     text = "A polar bear, a snowman, SNOW, snow, two dogs"
-    counts = Counter(x for (x,) in choices(text, "Snow", "polar bear", "bear", "man", "dog"))
+    counts = Counter(x for (x,) in choices(text, "Snow", "polar", "polar bear", "man", "dog"))
     nouns = ("polar bear", "snow", "dog")
     assert counts.keys() == {text, *(f"{x} {noun}." for noun in nouns for x in ("a", "the"))}
     assert min(counts.values()) > 50
