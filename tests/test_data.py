@@ -5,7 +5,9 @@ import io
 import json
 import os
 import pickle
+import struct
 import tarfile
+import zlib
 from collections import Counter
 
 import numpy as np
@@ -79,7 +81,9 @@ def test_images_of_every_mode_look_as_in_a_viewer(tmp_path):
     palette = image.quantize(4)
     assert (shown(palette) == rgb).all()
     assert (shown(palette, transparency=palette.getpixel((1, 0)))[0, 1] == 255).all()
-    assert (shown(Image.fromarray(gray.astype(np.uint16) * 257)) == gray[..., None]).all()  # 16 bit
+    for kind, scale in (("u2", 257), ("u2", 16), ("i4", 1), ("f4", 1 / 255)):  # 16: of 12 bits
+        deep = shown(Image.fromarray((gray * scale).astype(kind)), "a.tif")
+        assert abs(deep - gray[..., None]).max() <= 1
     image.putalpha(Image.fromarray(np.array([[255, 0], [255, 128]], np.uint8)))
     on_white = [[[255, 0, 0], [255] * 3], [[0, 0, 255], [191] * 3]]
     assert abs(shown(image) - on_white).max() <= 1
@@ -146,26 +150,82 @@ def test_benchmarks(tmp_path, name):
     assert max({*classes.values()} - {255}) + 1 == len(dataset.words) + dataset.has_background
 
 
-def test_own_images_and_label_maps(tmp_path):
+def test_own_images(tmp_path, capsys):
+    """What is passed over is counted, and the first is named."""
     images, labels, words = tmp_path / "images", tmp_path / "labels", ["cat", "dog"]
+    images.mkdir()
     with refused("no image"):
         data.open_folder(images, None, words)
     for name in ("a.jpg", "sub/b.PNG", "._a.jpg"):  # macOS leaves such files
         write_image(images / name, [[1, 2, 3]])
+    (images / "c.gif").touch()
     a, b = data.open_folder(images, None, words)
     assert (a.name, b.name) == ("a", os.path.join("sub", "b")) and a.label is None
-    with refused("no label map"):
+    write_image(labels / "c.png", [[1]])
+    with refused("no label map .*c.png"):
         data.open_folder(images, labels, words)
-    write_image(labels / "a.png", [[2]])
-    dataset = data.open_folder(images, labels, words)
-    assert dataset[1].label is None  # labeled, not scored
-    for word, label in {"value 2": [[0, 2, 1]], "shape": [[0]]}.items():
-        write_image(labels / "a.png", label)
-        with refused(f"a.png: .*{word}"):
+    write_image(labels / "a.PNG", [[0, 1, 255]])
+    for path, count in ((images, 2), (images / "a.jpg", 1)):
+        label, *others = [x.label for x in data.open_folder(path, labels, words, True)]
+        assert label.tolist() == [[0, 1, 255]] and others == [None] * (count - 1)
+    notes = capsys.readouterr().err
+    assert all(note in notes for note in ("c.gif", "b.PNG", "c.png", "in no label map: dog\n"))
+    write_image(images / "a.png")
+    with refused("a.jpg, .*a.png: two"):
+        data.open_folder(images, None, words)
+
+
+def gray_of_4_bits(values):
+    """A PNG, which Pillow does not write; optimizers do."""
+    rows = [bytes([0, *(16 * a + b for a, b in zip(row[::2], row[1::2]))]) for row in values]
+    header = struct.pack(">IIBBBBB", len(values[0]), len(values), 4, 0, 0, 0, 0)
+    chunks = {b"IHDR": header, b"IDAT": zlib.compress(b"".join(rows)), b"IEND": b""}
+    png = b"\x89PNG\r\n\x1a\n"
+    for kind, body in chunks.items():
+        png += struct.pack(">I", len(body)) + kind + body
+        png += struct.pack(">I", zlib.crc32(kind + body))
+    return png
+
+
+@pytest.mark.parametrize("form", ["palette", "gray", "16 bits", "1 bit", "4 bits", "32 bits"])
+def test_label_maps_in_every_form(tmp_path, form):
+    values = [[0, 1, 1, 0]] if form == "1 bit" else [[0, 1, 2, 3]]
+    path = tmp_path / "a.png"
+    kinds = {"16 bits": "u2", "32 bits": "i4", "1 bit": "?"}
+    image = Image.fromarray(np.array(values, kinds.get(form, "u1")))
+    if form == "palette":
+        image.putpalette(bytes(range(12)))
+    image.save(path, "TIFF" if form == "32 bits" else "PNG")
+    if form == "4 bits":
+        path.write_bytes(gray_of_4_bits(values))
+    assert data.read_values(path).tolist() == values
+
+
+def test_label_maps_that_are_none(tmp_path, capsys):
+    write_image(tmp_path / "images/a.png", [[5, 5, 5]])
+    path = tmp_path / "labels/a.png"
+    write_image(path)
+    for mode, kind in (("LA", "PNG"), ("RGB", "PNG"), ("F", "TIFF"), ("L", "JPEG"), ("L", "PNG")):
+        Image.new(mode, (2, 1)).save(path, kind)  # the last has another size than its image
+        dataset = data.open_folder(tmp_path / "images", path.parent, ["cat", "dog"])
+        with refused("labels.a.png: "):
             dataset[0]
-    write_image(labels / "a.png", [[0, 2, 255]])
-    (alone,) = data.open_folder(images / "a.jpg", labels, words, has_background=True)
-    assert alone.name == "a" and alone.label.tolist() == [[0, 2, 255]]
+
+
+@pytest.mark.parametrize("values", [[1, 2], [0, 2], [0, 255], [0, 1, 300], [0, 128, 255]])
+def test_values_that_are_no_numbers_of_classes(tmp_path, capsys, values):
+    """The message has the flag that is right; with it, the others are not scored."""
+    write_image(tmp_path / "images/a.png", [[5] * len(values)])
+    (tmp_path / "labels").mkdir()
+    Image.fromarray(np.array([values], np.uint16)).save(tmp_path / "labels/a.png")
+    folders = tmp_path / "images", tmp_path / "labels"
+    with refused(f"the values {', '.join(map(str, values))}; .*--label-values 1-2.* 0,255"):
+        data.open_folder(*folders, ["cat", "dog"])
+    dataset = data.open_folder(*folders, ["cat", "dog"], label_values=[values[0], 9])
+    if 300 not in values:
+        assert dataset[0].label.tolist() == [[0] + [255] * (len(values) - 1)]
+    notes = capsys.readouterr().err
+    assert "in no label map: dog" in notes and ("not scored: 67%" in notes) == (len(values) == 3)
 
 
 def encoded(i, kind="JPEG"):
@@ -202,16 +262,20 @@ def karpathy(folder, name):
 GOOD = {
     "bom.csv": "\ufeff" + lines('im/#.jpg,"text #, more"'),
     "quoted.csv": '"","image","caption"\n' + lines('"5","im/#.jpg","text #, more"'),
-    "named.tsv": "caption\timage\n" + lines("text #, more\tim/#.jpg"),
+    "named.tsv": "Title\tfilepath \n" + lines("text #, more\tim/#.jpg"),
+    "list.json": json.dumps(
+        [{"image": f"im/{n}.jpg", "caption": f"text {n}, more"} for n in "0123"]
+    ),
     "pairs.jsonl": lines('{"image": "im/#.jpg", "caption": "text #, more"}\n'),
     "coco.json": coco("0123"),
     "karpathy.json": karpathy({"filepath": "im"}, "#.jpg"),
     "flickr30k.json": karpathy({}, "im/#.jpg"),
 }
 BROKEN_ROWS = {  # beside one that can be used
-    "gone.csv": 'im/0.jpg,"text 0, more"\n' + 12 * "im/gone.jpg,text\n",
+    "gone.csv": 'im/0.jpg,"text 0, more"\n' + lines("im/gone#.jpg,text", "abcdefghijkl"),
     "short.csv": 'im/0.jpg,"text 0, more"\nim/1.jpg\n',
-    "quote.tsv": '"im/1.jpg\t"text\nim/0.jpg\ttext 0, more\n',
+    "quote.tsv": 'im/0.jpg\ttext 0, more\n"im/1.jpg\t"text\n',
+    "says_nothing.csv": 'im/0.jpg,"text 0, more"\nim/1.jpg,1005\nim/2.jpg,caf\ufffd\n',
     "number.jsonl": '{"image": "im/1.jpg", "caption": 5}\n' + GOOD["pairs.jsonl"][:50],
     "cut.jsonl": '{"image": "im/1.j\n' + GOOD["pairs.jsonl"][:50],
     "nameless.json": coco("0"),
@@ -221,6 +285,8 @@ UNREADABLE = {
     "empty.csv": "",
     "broken.json": "{",
     "columns.csv": "image,number,comment\n" + lines("im/#.jpg,#,text"),
+    "quoted_columns.csv": '"image","number"\n' + lines('"im/#.jpg","text #"'),
+    "semicolon.csv": "image;caption\n" + lines("im/#.jpg;text"),
 }
 
 
@@ -241,14 +307,15 @@ def test_lists(tmp_path, capsys, name):
     assert [x.name for x in source] == [os.path.join(tmp_path, f"im/{n}.jpg") for n in usable]
     assert [x.caption for x in source] == [f"text {n}, more" for n in usable]
     assert sorted(source.datasets[0].captions()) == [x.caption for x in source]
-    broken = {"gone.csv": 12, "nameless.json": 3}.get(name, int(name in BROKEN_ROWS))
+    broken = {"gone.csv": 12, "nameless.json": 3, "says_nothing.csv": 2}
+    broken = broken.get(name, int(name in BROKEN_ROWS))
     error = capsys.readouterr().err
     assert error.count(name) == min(broken, 10) and (f"{broken} rows" in error) == (broken > 0)
     path.rename(tmp_path / name)
     assert len(open_all(tmp_path / name)) == len(usable)  # the images are beside it
 
 
-def write_tar(path, first, last, kinds=("jpeg",)):
+def write_tar(path, first, last, kinds=("jpeg",), without=()):
     """As img2dataset does."""
     with tarfile.open(path, "w") as tar:
         for i in range(first, last):
@@ -257,7 +324,8 @@ def write_tar(path, first, last, kinds=("jpeg",)):
             for end, value in content.items():
                 info = tarfile.TarInfo(f"{i:03}.{end}")
                 info.size = len(value)
-                tar.addfile(info, io.BytesIO(value))
+                if info.name not in without:
+                    tar.addfile(info, io.BytesIO(value))
     return path.read_bytes()
 
 
@@ -278,6 +346,10 @@ def test_shards(tmp_path, monkeypatch):
 
 
 def test_broken_shards_are_named_and_left_out(tmp_path, capsys):
+    write_tar(tmp_path / "alone.tar", 0, 4, without=("001.txt", "002.jpeg"))
+    for _ in range(2):  # the second time from its index
+        assert len(open_all(tmp_path / "alone.tar")) == 2
+        assert "2 rows or shards" in capsys.readouterr().err
     whole = write_tar(tmp_path / "good.tar", 0, 3)
     offset = whole.index(b"002.jpeg")
     hole = whole[:offset] + b"x" * 512 + whole[offset + 512 :]

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 from pathlib import Path
 from signal import SIGKILL
@@ -32,6 +33,8 @@ sclip     pascal_voc20   336 224 112 80 40    -   -  30
 naclip    pascal_voc     336   0 112 80 40  0.1   -  56
 clearclip pascal_voc     448 448 224 80 50  0.5   -  21
 proxyclip pascal_context 336 336 112 80 40 0.15   -  60
+proxyclip pascal_voc     336 336 112 80 40  0.2   -  46
+proxyclip coco_object    336 336 112 80 40 0.25   -  97
 """
 
 
@@ -67,9 +70,9 @@ def test_features_of_a_word(checkpoint):
 
 def protocol_for(name, classes=(["a"], ["b"]), patch=1, **changes):
     """For an image of one's own; by default in one piece, not resized."""
-    backgrounds = (changes.get("background_threshold"), changes.get("background_entropy"))
+    has_background = any(changes.get(name) is not None for name in evaluate.BACKGROUNDS)
     words = [synonyms[0] for synonyms in classes]
-    dataset = LabeledImages("images", words, backgrounds != (None, None), [])
+    dataset = LabeledImages("images", words, has_background, [])
     changes = {"short_side": 1, "window": 0} | changes
     config = Config(image_size=32, patch_size=patch)
     return choose_protocol(name, dataset, config, list(classes), **changes)
@@ -137,6 +140,20 @@ def test_regions_by_hand(threshold, expected):
     found = see([first, first, last, last], soft, **protocol)
     assert found.label.tolist() == [expected]
     assert found.regions.tolist() == [[0, 4, 6, 10]]
+
+
+@pytest.mark.parametrize("protocol", ["sclip", "segclip"])
+@pytest.mark.parametrize("others", [0, 1])
+def test_a_word_does_not_depend_on_being_alone(protocol, others):
+    """Cosines of 0.5 and 0.1 with it, and 0 with the other."""
+    weights = [[math.exp(SCALE * x), 1.0][: 1 + others] for x in (0.5, 0.1)]
+    seen = [weights], None
+    if protocol == "segclip":  # two windows of a region
+        seen = [[x] for x in weights], torch.ones(2, 1, 1)
+    changes = {"name": protocol, "classes": [["a"], ["b"]][: 1 + others]}
+    changes["window"] = int(protocol == "segclip")
+    for threshold, label in {0.0: [1, 1], 0.2: [1, 0], 0.6: [0, 0]}.items():
+        assert see(*seen, **changes, background_cosine=threshold).label.tolist() == [label]
 
 
 @pytest.mark.parametrize(
@@ -270,6 +287,7 @@ def test_one_process_and_two(run, checkpoint, capfd):
         ("--background", (0.75, None)),
         ("--background-threshold 0.5", (0.5, None)),
         ("--protocol sclip --background-entropy 0.5", (None, 0.5)),
+        ("--background-cosine 0.1", (None, None)),
     ],
 )
 def test_own_images(flags, background, run, photos, capsys):
@@ -277,7 +295,7 @@ def test_own_images(flags, background, run, photos, capsys):
     protocol = metrics["protocol"]
     assert (protocol["background_threshold"], protocol["background_entropy"]) == background
     assert ["grass", "lawn"] in protocol["classes"] and metrics["images"] == 1
-    assert "training: lawn, zebra\n" in capsys.readouterr().err.replace("background, ", "")
+    assert "lawn, zebra\n" in capsys.readouterr().err.replace("background, ", "")
     words = ["background"] * bool(flags) + ["grass", "zebra"]
     assert list(metrics["IoU"]) == words
     for name, size in {"dot": (1, 1), "long": (20, 2048), "deep/scene": (64, 64)}.items():
@@ -293,12 +311,41 @@ def test_own_images(flags, background, run, photos, capsys):
     assert confusion.summary().items() <= metrics.items()
 
 
+@pytest.mark.parametrize(
+    "values, flags",
+    [
+        ([0, 1, 2, 255], ""),
+        ([1, 2, 3, 0], "1-3"),
+        ([0, 1, 2, 9], "0-2"),
+        ([255, 0, 7, 1], "255,0,7"),
+    ],
+)
+def test_scores_of_own_label_maps(run, values, flags):
+    """As a few lines of numpy have them. The last value is not scored."""
+    truth = np.random.RandomState(0).choice(4, (3, 40, 40), p=[0.6, 0.2, 0.1, 0.1])
+    os.makedirs("images")
+    os.makedirs("labels")
+    for i in range(3):
+        Image.fromarray(SyntheticScenes(40)[i].image).save(f"images/{i}.png")
+        Image.fromarray(np.uint8(values)[truth[i]]).save(f"labels/{i}.png")
+    flags = flags and f"--label-values {flags}"
+    metrics = run(f"--images images --words grass,sand,ball --labels-dir labels {flags}")
+    p = np.stack([Image.open(f"o/predictions/{i}.png") for i in range(3)])[truth < 3]
+    t = truth[truth < 3]
+    iou = [((p == c) & (t == c)).sum() / ((p == c) | (t == c)).sum() for c in range(3)]
+    expected = {"mIoU": np.mean(iou), "mAcc": np.mean([(p[t == c] == c).mean() for c in range(3)])}
+    expected["aAcc"] = (p == t).mean()
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected)
+
+
 def test_nothing_scored_and_unreadable(run, photos, capsys):
+    run("--images photos --words a,b --labels-dir labels")
     Image.new("L", (64, 64), 255).save("labels/deep/scene.png")
     flags = "--images photos --words a,b --labels-dir labels"
     with pytest.raises(InputError, match="nothing was scored"):
         run(flags)
     assert "mIoU -" in capsys.readouterr().out
+    assert json.loads(Path("o/metrics.before.json").read_text())["aAcc"] is not None
 
     Path("photos/dot.png").write_text("not an image")
     with pytest.raises(InputError, match="unreadable.* 1"):
@@ -338,9 +385,17 @@ BAD_FLAGS = {  # a word of the message
     "--images photos": "--words",
     "--images photos --words ,": "0 classes",
     "--images photos --words none.txt": "none.txt",
-    "--images photos --words a --background": "one word",
+    "--images photos --words a --background": "--background-cosine",
+    "--images photos --words a --labels-dir labels": "one class",
+    "--images photos --words cat,Cat": "twice: cat",
+    "--images photos --words cat,background --background": "background",
+    "--images photos --words a,b --labels-dir labels --label-values 1-": "--label-values",
+    "--images photos --words a,b --labels-dir labels --label-values 1": "not 2",
+    "--heat": "--images",
+    "--data-root x": "--data-root",
     "--images photos --words a,b --background-entropy 1": "--protocol",
-    "--background-entropy 1 --background-threshold 1": "this or",
+    "--images photos --words a,b --background-cosine 1 --background-threshold 1": "one of",
+    "--logit-scale nan": "--logit-scale",
 }
 
 

@@ -184,6 +184,9 @@ def test_the_activation_that_no_file_tells(tiny_clip, tmp_path, capsys):
     note = capsys.readouterr().err
     assert str(path) in note and "--activation gelu" in note and note.count("\n") == 1
     assert load_model(path, activation="gelu").config.activation == "gelu"
+    assert "mean and std" in capsys.readouterr().err
+    torch.save(tiny_clip.state_dict() | {"input_resolution": torch.tensor(32)}, path)  # OpenAI's
+    assert_refused(path, path, "trained with --activation quick_gelu", activation="gelu")
 
 
 def test_download_by_name(tiny_clip, tmp_path, monkeypatch):
