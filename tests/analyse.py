@@ -136,7 +136,7 @@ def open_all(args, checkpoint):
 
 def samples_of(dataset, limit):
     indices = range(len(dataset))[:limit]
-    return (dataset[i] for i in progress(indices, len(indices), "images"))
+    return (dataset[i] for i in progress(indices, "images"))
 
 
 def run_oracles(model, dataset, protocol, text, limit):

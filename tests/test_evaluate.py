@@ -384,7 +384,7 @@ BAD_FLAGS = {  # a word of the message
     "--background-threshold 0.5": "synthetic",
     "--images photos": "--words",
     "--images photos --words ,": "0 classes",
-    "--images photos --words none.txt": "none.txt",
+    "--images photos --words none.lst": "none.lst",
     "--images photos --words a --background": "--background-cosine",
     "--images photos --words a --labels-dir labels": "one class",
     "--images photos --words cat,Cat": "twice: cat",
