@@ -2,7 +2,8 @@
 
 python tests/analyse.py                 oracles: the score if one part of the model were perfect
 python tests/analyse.py --coherence     are patch tokens of one class alike? (PACL, Fig. 3)
-python tests/analyse.py --compare       a table of the models in runs/
+
+It takes the flags of evaluate.py, also those of images of your own with label maps.
 """
 
 import json
@@ -19,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import evaluate
 from clip_loader import open_model
 from data import normalize, progress, resize_bilinear
-from model import READOUTS, DenseCLIP, GroupViT, InputError
+from model import DenseCLIP, GroupViT, InputError
 
 EXPLANATIONS = {  # in the order in which they are best read
     "mIoU": "mIoU, as of evaluate.py",
@@ -108,70 +109,35 @@ def coherence(model, samples, short_side, patches=40):
 # --------------------------------------
 # The program
 
-NOT_HERE = "images labels_dir words background heat workers".split()
+FLAGS = [("coherence", bool, False, "the area under the ROC curve")]
 
 
 def parse_args(argv=None):
-    parser = evaluate.Parser(__doc__)
-    table = [row for row in evaluate.FLAGS if row[0] not in NOT_HERE]
-    parser.add_flags(table + evaluate.CHANGES)
-    parser.add_argument("--coherence", action="store_true", help="area under the ROC curve")
-    parser.add_argument("--compare", action="store_true", help="each runs/*/checkpoint.pt")
-    args = parser.parse_args(argv)
-    if args.dataset != "synthetic" and not args.data_root:
-        parser.error(f"--dataset {args.dataset} needs --data-root")
-    return args
-
-
-def open_all(args, checkpoint):
-    """-> model, data set, protocol, unit vectors of the words."""
-    how = {"readout": args.readout, "activation": args.activation, "dino": args.dino}
-    model, tokenizer = open_model(checkpoint, args.vocabulary, **how)
-    model.to(evaluate.start_processes(args.device)).eval()
-    dataset = evaluate.open_dataset(args.dataset, args.data_root, model.config.image_size)
-    changes = {name: getattr(args, name) for name, *_ in evaluate.CHANGES}
-    protocol = evaluate.choose_protocol(args.protocol, dataset, model.config, **changes)
-    return model, dataset, protocol, evaluate.class_features(model, tokenizer, protocol)
+    return evaluate.parse_args(argv, __doc__, FLAGS)
 
 
 def samples_of(dataset, limit):
-    indices = range(len(dataset))[:limit]
-    return (dataset[i] for i in progress(indices, "images"))
-
-
-def run_oracles(model, dataset, protocol, text, limit):
-    samples = samples_of(dataset, limit)
-    results = ((x.label, evaluate.segment(model, text, x.image, protocol)) for x in samples)
-    num_classes = protocol.has_background + len(dataset.words)
-    return oracles(results, num_classes, model.visual.patch_size)
-
-
-def compare(args):
-    """A table in Markdown: the models in runs/, a CLIP with each read-out."""
-    paths = sorted(Path("runs").glob("*/checkpoint.pt"))
-    if not paths:
-        raise InputError("runs/: no model to compare; run `python train.py`")
-    print("| | mIoU | oracle classes | purity | patches correct |\n|---|---|---|---|---|")
-    for path in paths:
-        model, *others = open_all(args, path)
-        for readout in READOUTS[:-1] if isinstance(model, DenseCLIP) else [""]:  # without a DINO
-            model.readout = readout
-            values = run_oracles(model, *others, args.limit)
-            shown = [values[name] for name in ("mIoU", "regions named", "purity", "patches")]
-            name = f"{path.parent.name} {readout}".strip()
-            print(f"| {name} | {' | '.join(f'{100 * value:.1f} %' for value in shown)} |")
+    samples = (dataset[i] for i in progress(range(len(dataset))[:limit], "images"))
+    return (sample for sample in samples if sample.label is not None)
 
 
 def main(argv=None):
     args = parse_args(argv)
-    if args.compare:
-        return compare(args)
+    how = {"readout": args.readout, "activation": args.activation, "dino": args.dino}
     checkpoint = args.checkpoint or evaluate.DEFAULT_CHECKPOINT
-    model, dataset, protocol, text = open_all(args, checkpoint)
+    model, tokenizer = open_model(checkpoint, args.vocabulary, **how)
+    model.to(evaluate.start_processes(args.device)).eval()
+    dataset, classes = evaluate.what_to_label(args, model.config.image_size)
+    changes = {name: getattr(args, name) for name, *_ in evaluate.CHANGES}
+    protocol = evaluate.choose_protocol(args.protocol, dataset, model.config, classes, **changes)
+    samples = samples_of(dataset, args.limit)
     if args.coherence:
-        area = coherence(model, samples_of(dataset, args.limit), protocol.short_side)
+        area = coherence(model, samples, protocol.short_side)
         return print(f"area under the ROC curve: {area:.4f}")
-    values = run_oracles(model, dataset, protocol, text, args.limit)
+    text = evaluate.class_features(model, tokenizer, protocol)
+    results = ((x.label, evaluate.segment(model, text, x.image, protocol)) for x in samples)
+    num_classes = protocol.has_background + len(dataset.words)
+    values = oracles(results, num_classes, model.visual.patch_size)
     for name, what in EXPLANATIONS.items():
         number = f"{values[name]:6.1f}  " if name == "regions" else f"{100 * values[name]:6.1f} %"
         print(f"{number}  {what}")

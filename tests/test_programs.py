@@ -98,7 +98,6 @@ def runs(tmp_path_factory):
 COMMANDS = {  # what of their output says that they came to the end
     "analyse --limit 5": "regions per image",
     "analyse --limit 5 --coherence": "area under the ROC curve",
-    "analyse --limit 5 --compare": "small-segclip",
     "benchmark train --smoke": "train.py, bf16",
     "benchmark evaluate --smoke": "equal pixels: 100.0000 %",
     "benchmark loader --smoke": "pairs with superpixels",
