@@ -357,8 +357,7 @@ def test_broken_shards_are_named_and_left_out(tmp_path, capsys):
 def test_every_epoch_has_every_pair_once_in_another_order():
     def order(seed=0):
         pairs = training(range(50), seed=seed)
-        pairs.prepared = range(50)
-        return [pairs[i] for i in range(300)]
+        return [pairs.index_at(i) for i in range(300)]
 
     epochs = np.reshape(order(), (6, 50))
     assert (np.sort(epochs) == np.arange(50)).all() and len({*map(tuple, epochs)}) == 6
@@ -379,6 +378,17 @@ def test_a_pair_depends_on_its_position_alone(tmp_path):
             assert all(torch.equal(a, b) for a, b in zip(batch[:3], other[:3])) and batch[3] == []
     assert (pairs.make(3, 0)[0] != pairs.make(3, 7)[0]).any()  # elsewhere another crop
     assert training(source, text_length=5)[0][2].shape == (5,)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_pairs_in_memory_are_the_same(tmp_path, workers):
+    write_tar(tmp_path / "a.tar", 0, 4)
+    pairs = training(open_all(tmp_path / "a.tar"), crop_scale=1)
+    batches = [[5, 6], [6, 7, 8], [1, 20]]
+    found = [*pairs.batches_in_memory(batches, workers)]
+    for positions, batch in zip(batches, found, strict=True):
+        expected = data.collate([pairs[position] for position in positions])
+        assert all(torch.equal(a, b) for a, b in zip(batch[:3], expected[:3]))
 
 
 def test_a_broken_pair_is_named_and_replaced_and_no_other_changes(tmp_path):
