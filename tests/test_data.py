@@ -167,7 +167,7 @@ def test_own_images(tmp_path, capsys):
         label, *others = [x.label for x in data.open_folder(path, labels, words, True)]
         assert label.tolist() == [[0, 1, 255]] and others == [None] * (count - 1)
     notes = capsys.readouterr().err
-    assert all(note in notes for note in ("c.gif", "b.PNG", "c.png", "in no label map: dog\n"))
+    assert all(note in notes for note in ("c.gif", "b.PNG", "c.png", "from 0: dog\n"))
     write_image(images / "a.png")
     with refused("a.jpg, .*a.png: two"):
         data.open_folder(images, None, words)
@@ -204,20 +204,18 @@ def test_label_maps_that_are_none(tmp_path, capsys):
             dataset[0]
 
 
-@pytest.mark.parametrize("values", [[1, 2], [0, 2], [0, 255], [0, 1, 300], [0, 128, 255]])
+@pytest.mark.parametrize("values", [[1, 2], [0, 2], [0, 255], [-255, 1, 300], [0, 128, 255]])
 def test_values_that_are_no_numbers_of_classes(tmp_path, capsys, values):
     """The message has the flag that is right; with it, the others are not scored."""
     write_image(tmp_path / "images/a.png", [[5] * len(values)])
     (tmp_path / "labels").mkdir()
-    Image.fromarray(np.array([values], np.uint16)).save(tmp_path / "labels/a.png")
+    Image.fromarray(np.array([values], np.int32)).save(tmp_path / "labels/a.tif")
     folders = tmp_path / "images", tmp_path / "labels"
     with refused(f"the values {', '.join(map(str, values))}; .*--label-values 1-2.* 0,255"):
         data.open_folder(*folders, ["cat", "dog"])
-    dataset = data.open_folder(*folders, ["cat", "dog"], label_values=[values[0], 9])
-    if 300 not in values:
-        assert dataset[0].label.tolist() == [[0] + [255] * (len(values) - 1)]
-    notes = capsys.readouterr().err
-    assert "in no label map: dog" in notes and ("not scored: 67%" in notes) == (len(values) == 3)
+    dataset = data.open_folder(*folders, ["cat", "dog"], label_values=[values[1], 9])
+    assert dataset[0].label.tolist() == [[0 if x == values[1] else 255 for x in values]]
+    assert f"from {values[1]}: dog" in capsys.readouterr().err
 
 
 def encoded(i, kind="JPEG"):
@@ -252,7 +250,7 @@ def karpathy(folder, name):
 
 
 GOOD = {
-    "bom.csv": "\ufeff" + lines('im/#.jpg,"text #, more"'),
+    "bom.csv": "\ufeff" + lines('im/#.jpg, "text #, more"'),
     "quoted.csv": '"","image","caption"\n' + lines('"5","im/#.jpg","text #, more"'),
     "named.tsv": "Title\tfilepath \n" + lines("text #, more\tim/#.jpg"),
     "list.json": json.dumps(
@@ -267,6 +265,7 @@ BROKEN_ROWS = {  # beside one that can be used
     "gone.csv": 'im/0.jpg,"text 0, more"\n' + lines("im/gone#.jpg,text", "abcdefghijkl"),
     "short.csv": 'im/0.jpg,"text 0, more"\nim/1.jpg\n',
     "quote.tsv": 'im/0.jpg\ttext 0, more\n"im/1.jpg\t"text\n',
+    "comma.csv": 'im/0.jpg,"text 0, more"\nim/1.jpg,text 1, more\n',
     "says_nothing.csv": 'im/0.jpg,"text 0, more"\nim/1.jpg,1005\nim/2.jpg,caf\ufffd\n',
     "number.jsonl": '{"image": "im/1.jpg", "caption": 5}\n' + GOOD["pairs.jsonl"][:50],
     "cut.jsonl": '{"image": "im/1.j\n' + GOOD["pairs.jsonl"][:50],
@@ -279,6 +278,7 @@ UNREADABLE = {
     "columns.csv": "image,number,comment\n" + lines("im/#.jpg,#,text"),
     "quoted_columns.csv": '"image","number"\n' + lines('"im/#.jpg","text #"'),
     "semicolon.csv": "image;caption\n" + lines("im/#.jpg;text"),
+    "open.csv": 'im/0.jpg,text\nim/1.jpg,"text\nim/2.jpg,text\n',
 }
 
 
@@ -346,12 +346,13 @@ def test_broken_shards_are_named_and_left_out(tmp_path, capsys):
     offset = whole.index(b"002.jpeg")
     hole = whole[:offset] + b"x" * 512 + whole[offset + 512 :]
     broken = {"cut": whole[: offset + 600], "short": whole[:offset], "hole": hole, "text": b"text"}
+    broken["joined"] = whole + whole
     for name, content in broken.items():
         (tmp_path / f"{name}.tar").write_bytes(content)
     specs = [tmp_path / f"{name}.tar" for name in (*broken, "missing")]
     assert len(open_all(*specs, tmp_path / "good.tar")) == 3
     error = capsys.readouterr().err
-    assert "5 rows or shards" in error and all(str(spec) in error for spec in specs)
+    assert "6 rows or shards" in error and all(str(spec) in error for spec in specs)
 
 
 def test_every_epoch_has_every_pair_once_in_another_order():

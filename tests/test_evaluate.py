@@ -344,7 +344,8 @@ def test_nothing_scored_and_unreadable(run, photos, capsys):
     flags = "--images photos --words a,b --labels-dir labels"
     with pytest.raises(InputError, match="nothing was scored"):
         run(flags)
-    assert "mIoU -" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "mIoU -" in printed.out and "not scored: 100%" in printed.err
     assert json.loads(Path("o/metrics.before.json").read_text())["aAcc"] is not None
 
     Path("photos/dot.png").write_text("not an image")
@@ -393,6 +394,7 @@ BAD_FLAGS = {  # a word of the message
     "--images photos --words a,b --labels-dir labels --label-values 1": "not 2",
     "--heat": "--images",
     "--data-root x": "--data-root",
+    "--images photos --words a,b --dataset ade20k": "one of them",
     "--images photos --words a,b --background-entropy 1": "--protocol",
     "--images photos --words a,b --background-cosine 1 --background-threshold 1": "one of",
     "--logit-scale nan": "--logit-scale",
