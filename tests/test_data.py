@@ -167,7 +167,7 @@ def test_own_images(tmp_path, capsys):
         label, *others = [x.label for x in data.open_folder(path, labels, words, True)]
         assert label.tolist() == [[0, 1, 255]] and others == [None] * (count - 1)
     notes = capsys.readouterr().err
-    assert all(note in notes for note in ("c.gif", "b.PNG", "c.png", "from 0: dog\n"))
+    assert all(note in notes for note in ("c.gif", "b.PNG", "c.png", "0 to 2): dog\n"))
     write_image(images / "a.png")
     with refused("a.jpg, .*a.png: two"):
         data.open_folder(images, None, words)
@@ -215,7 +215,7 @@ def test_values_that_are_no_numbers_of_classes(tmp_path, capsys, values):
         data.open_folder(*folders, ["cat", "dog"])
     dataset = data.open_folder(*folders, ["cat", "dog"], label_values=[values[1], 9])
     assert dataset[0].label.tolist() == [[0 if x == values[1] else 255 for x in values]]
-    assert f"from {values[1]}: dog" in capsys.readouterr().err
+    assert f"(values {values[1]} to 9): dog" in capsys.readouterr().err
 
 
 def encoded(i, kind="JPEG"):

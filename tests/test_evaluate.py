@@ -392,6 +392,7 @@ BAD_FLAGS = {  # a word of the message
     "--images photos --words cat,background --background": "background",
     "--images photos --words a,b --labels-dir labels --label-values 1-": "--label-values",
     "--images photos --words a,b --labels-dir labels --label-values 1": "not 2",
+    "--images photos --words a,b --labels-dir labels --label-values 0,1,300": "not 2",
     "--heat": "--images",
     "--data-root x": "--data-root",
     "--images photos --words a,b --dataset ade20k": "one of them",
