@@ -52,8 +52,6 @@ ROWS = {  # name: (what, flags of train.py or None, those of analyse.py, the pap
     "clearclip": ("read as ClearCLIP", None, f"{CLIP} clearclip", "51.8"),
     "naclip": ("read as NACLIP", None, f"{CLIP} naclip", "58.9"),
     "pacl": ("PACL on it", "--method pacl --init {clip}", "", "72.3 (VOC-20)"),
-    "pacl-captions": ("without a list of nouns",
-        "--method pacl --init {clip} --nouns none", "", ""),
     "groupvit-1": ("*GroupViT*: one stage", "--method groupvit --stages 1", "", "28.1"),
     "groupvit-2": ("two stages", "--method groupvit --stages 2", "", "19.7"),
 }
