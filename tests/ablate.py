@@ -25,7 +25,7 @@ from model import InputError
 
 # The small default with the weights of the paper's recipe at the start: that recipe, made small.
 AUTHORS = """--recipe paper --data synthetic --init none --no-freeze --vocabulary learned
---batch-size 128 --lr 1.5e-3 --clip-lr 1.5e-3 --warmup 0.1 --crop-scale 1"""
+--batch-size 128 --lr 3e-3 --clip-lr 3e-3 --warmup 0.1 --crop-scale 1"""
 for _size in set(train.SMALL) & set(train.SIZES):
     AUTHORS += f" --{_size.replace('_', '-')} {train.SMALL[_size]}"
 CLIP = "--checkpoint {clip} --readout"
