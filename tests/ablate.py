@@ -1,6 +1,6 @@
 """The papers' ablations on synthetic scenes: what each part does to the small default.
 
-python tests/ablate.py          hours on two cores; stopped, the same command goes on
+python tests/ablate.py          1.5 hours on two cores; stopped, the same command goes on
 
 Each row is train.py with other flags, shorter than the default, then tests/analyse.py. They write
 to runs/ablation/STEPS/ROW/SEED. A row that has its analysis.json is not done again, so after a
@@ -43,7 +43,7 @@ ROWS = {  # name: (what, flags of train.py or None, those of analyse.py, the pap
     "centers-32": ("32 centers", "--num-centers 32", "", "44.89 (10)"),
     "cross-0": ("*Table 3*: no cross-attention", "--cross-layers 0", "", "44.44 (1 layer: 47.63)"),
     "cross-2": ("2 layers", "--cross-layers 2", "", "47.95"),
-    "authors": ("*The paper's start of the weights*", AUTHORS, "", ""),
+    "authors": ("*The authors' start of the weights*", AUTHORS, "", ""),
     "from-clip": ("*Table 4*: from the weights of the CLIP below",
         "--init {clip} --first-stage-layers 2", "", "52.6 (without: 33.3)"),
     "clip": ("*Without a group module*: the same encoder as CLIP", "--method clip", "", "16.4"),
