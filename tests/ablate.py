@@ -1,6 +1,6 @@
 """The papers' ablations on synthetic scenes: what each part does to the small default.
 
-python tests/ablate.py          two hours on two cores; stopped, the same command goes on
+python tests/ablate.py          about two hours on two cores; stopped, the same command goes on
 
 Each row is train.py with other flags, shorter than the default, then tests/analyse.py. They write
 to runs/ablation/STEPS/ROW/SEED. A row that has its analysis.json is not done again, so after a
