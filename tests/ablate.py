@@ -23,7 +23,7 @@ import train
 from evaluate import Parser, run_program
 from model import InputError
 
-# The small default with the weights of the paper's recipe at the start: that recipe, made small.
+# The paper's recipe with the values of the small default: only the start of the weights differs.
 AUTHORS = """--recipe paper --data synthetic --init none --no-freeze --vocabulary learned
 --batch-size 128 --lr 3e-3 --clip-lr 3e-3 --warmup 0.1 --crop-scale 1"""
 for _size in set(train.SMALL) & set(train.SIZES):
